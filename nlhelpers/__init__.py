@@ -1,0 +1,3 @@
+"""Models, losses and methods for learning from noisy labels."""
+
+__version__ = "0.1.0"

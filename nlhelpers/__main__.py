@@ -1,0 +1,171 @@
+"""`python -m nlhelpers`: the notebooks' runs without a notebook."""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nlhelpers import data, experiments, profiles, records, report
+from nlhelpers.experiments import Spec
+from nlhelpers.methods import METHODS
+from nlhelpers.models import MODELS
+from nlhelpers.papers import TABLES
+from nlhelpers.training import DivergenceError, pick_device
+
+EXPECTED = (ValueError, data.DataError, records.RecordError, DivergenceError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for an error, 2 for usage."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of every command."""
+    top = argparse.ArgumentParser(prog="python -m nlhelpers", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="run | show | list")
+    run = commands.add_parser(
+        "run",
+        help="run a grid, skipping what is recorded",
+        description="Run every combination of the values given, or the runs behind a "
+        "published table, and append a record of each.",
+    )
+    run.set_defaults(command=run_grid)
+    add_grid(run)
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument(
+        "--time-budget", type=float, metavar="MINUTES", help="start no run after this"
+    )
+    show = commands.add_parser("show", help="show records beside the published values")
+    show.set_defaults(command=show_table)
+    add_grid(show)
+    names = commands.add_parser("list", help="list all names")
+    names.set_defaults(command=list_names)
+    return top
+
+
+def add_grid(command: argparse.ArgumentParser) -> None:
+    """The options that say which runs; several values make a grid."""
+    command.add_argument("table", nargs="?", help=f"a table: {', '.join(TABLES)}")
+    command.add_argument("--method", nargs="+", metavar="NAME")
+    command.add_argument("--dataset", default="digits", metavar="NAME")
+    command.add_argument("--noise", nargs="+", metavar="NAME")
+    command.add_argument("--noise-rate", nargs="+", type=rate, metavar="P")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S")
+    command.add_argument("--profile", default="quick", help="smoke, quick or paper")
+    command.add_argument("--model", default="", metavar="NAME")
+    command.add_argument("--num-clean", type=int, default=0, metavar="M")
+    command.add_argument("--transition", metavar="CSV", help="T, for --noise given")
+    command.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE")
+    command.add_argument(
+        "--records", type=Path, default=Path("records/runs.jsonl"), metavar="JSONL"
+    )
+
+
+def rate(text: str) -> float | None:
+    """A noise rate, or None for labels that have their own."""
+    return None if text.lower() == "none" else float(text)
+
+
+def specs(options: argparse.Namespace) -> list[Spec]:
+    """The runs that the options name."""
+    if options.table is not None:
+        experiments.known("table", options.table, TABLES)
+        experiments.known("data set", options.dataset, data.DATASETS)
+        experiments.known("profile", options.profile, profiles.PROFILES)
+        table = TABLES[options.table]
+        found = table.specs(options.dataset, options.profile, options.seeds)
+        return [spec for spec in found if chosen(spec, options)]
+    base = {
+        "dataset": options.dataset,
+        "profile": options.profile,
+        "model": options.model,
+        "num_clean": options.num_clean,
+        "settings": dict(map(setting, options.set)),
+    }
+    if options.transition:
+        base["transition"] = read_transition(Path(options.transition))
+    return [
+        Spec(method=method, noise=noise, noise_rate=p, seed=seed, **base)
+        for seed in options.seeds
+        for noise in options.noise or ["symmetric"]
+        for p in options.noise_rate or [default_rate(noise)]
+        for method in options.method or ["cross-entropy"]
+    ]
+
+
+def default_rate(noise: str) -> float | None:
+    """0.2, unless the labels have a rate of their own."""
+    return None if noise == "given" or noise in data.HUMAN_LABELS else 0.2
+
+
+def chosen(spec: Spec, options: argparse.Namespace) -> bool:
+    """Whether a table's run is among the methods, noises and rates asked for."""
+    return (
+        (options.method is None or spec.method in options.method)
+        and (options.noise is None or spec.noise in options.noise)
+        and (options.noise_rate is None or spec.noise_rate in options.noise_rate)
+    )
+
+
+def setting(text: str) -> tuple[str, object]:
+    """Split NAME=VALUE; a value that is no Python literal stays text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes NAME=VALUE, not {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
+    """T from a file of K lines with K comma-separated numbers."""
+    try:
+        rows = np.loadtxt(path, delimiter=",", ndmin=2)
+    except OSError as error:
+        raise ValueError(f"--transition: {path}: {error}") from error
+    return tuple(map(tuple, rows.tolist()))
+
+
+def run_grid(options: argparse.Namespace) -> None:
+    """Run what is asked for and not recorded, then print all of it."""
+    budget = None if options.time_budget is None else 60 * options.time_budget
+    device = pick_device(options.device)
+    done = experiments.run_all(
+        specs(options), options.records, device, time_budget=budget
+    )
+    print(report.summary(done).to_string(index=False))
+
+
+def show_table(options: argparse.Namespace) -> None:
+    """Print the records that exist of what is asked for."""
+    wanted = set(specs(options))
+    found = experiments.recorded(options.records)
+    done = [record for spec, record in found.items() if spec in wanted]
+    print(report.summary(done).to_string(index=False))
+
+
+def list_names(options: argparse.Namespace) -> None:
+    """Print what every option allows."""
+    print("methods:  ", ", ".join(METHODS))
+    print("data sets:", ", ".join(data.DATASETS))
+    print("noises:   ", ", ".join(experiments.NOISES))
+    print("models:   ", ", ".join(MODELS))
+    print("profiles: ", ", ".join(profiles.PROFILES))
+    print("tables:   ", ", ".join(TABLES))
+    for name, method in METHODS.items():
+        options = ", ".join(f"{k}={v!r}" for k, v in method.settings.items())
+        print(f"settings of {name}: {options or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""What a run is, and running it: a frozen `Spec` goes in, a record comes out."""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nlhelpers import data as datasets
+from nlhelpers import evaluation, noise, profiles, records, training
+from nlhelpers.data import DataSet, NoisyData, Truth
+from nlhelpers.methods import METHODS
+from nlhelpers.models import MODELS
+from nlhelpers.records import Record
+from nlhelpers.training import Epoch, Event, Recipe, Setup
+
+NOISES = ("symmetric", "pair-flip", *noise.PATHS, "given", *datasets.HUMAN_LABELS)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that decides the numbers of a run, apart from the device.
+
+    Every value is checked on the way in: a wrong one raises ValueError with the value
+    and the allowed ones.
+
+    Attributes:
+        method: a key of `methods.METHODS`.
+        dataset: a key of `data.DATASETS`.
+        noise: one of NOISES.
+        noise_rate: probability that a label is changed (on the classes that the noise
+            touches); None for "given" and human labels, which have their own.
+        seed: decides the noise, the split, the weights and the batches.
+        profile: one of `profiles.PROFILES`.
+        model: a key of `models.MODELS`; "" is the data set's default.
+        num_clean: images whose true labels the method may use.
+        transition: T as K rows, for the noise "given" only.
+        settings: the method's own settings, as a mapping or as pairs.
+    """
+
+    method: str = "cross-entropy"
+    dataset: str = "digits"
+    noise: str = "symmetric"
+    noise_rate: float | None = 0.2
+    seed: int = 0
+    profile: str = "quick"
+    model: str = ""
+    num_clean: int = 0
+    transition: tuple[tuple[float, ...], ...] | None = None
+    settings: Mapping[str, object] | tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value and bring it to one form."""
+        known("method", self.method, METHODS)
+        known("dataset", self.dataset, datasets.DATASETS)
+        known("noise", self.noise, NOISES)
+        known("profile", self.profile, profiles.PROFILES)
+        self._set("model", self.model or profiles.DEFAULT_MODELS[self.dataset])
+        known("model", self.model, MODELS)
+        self._set("seed", natural("seed", self.seed))
+        self._set("num_clean", natural("num_clean", self.num_clean))
+        self._check_noise()
+        settings = dict(self.settings)
+        for name in settings:
+            known(f"setting of {self.method}", name, METHODS[self.method].settings)
+        self._set("settings", tuple(sorted(settings.items())))
+        if self.num_clean and not METHODS[self.method].uses_clean_set:
+            able = [name for name, method in METHODS.items() if method.uses_clean_set]
+            raise ValueError(
+                f"num_clean is {self.num_clean}, but {self.method} has no use for a "
+                f"clean set; those that do: {', '.join(able)}"
+            )
+
+    def _check_noise(self) -> None:
+        own_rate = self.noise == "given" or self.noise in datasets.HUMAN_LABELS
+        if own_rate and self.noise_rate is not None:
+            raise ValueError(
+                f"noise_rate is {self.noise_rate!r}, but {self.noise!r} labels come "
+                "with their own rate; set noise_rate to None"
+            )
+        if not own_rate:
+            self._set("noise_rate", noise.check_rate(self.noise_rate))
+        if self.noise in datasets.HUMAN_LABELS and self.dataset != "cifar10":
+            raise ValueError(
+                f"noise is {self.noise!r}, but human labels exist for cifar10 only, "
+                f"not for {self.dataset}"
+            )
+        if self.noise in noise.PATHS and self.dataset not in noise.PATHS[self.noise]:
+            able = ", ".join(noise.PATHS[self.noise])
+            raise ValueError(
+                f"noise is {self.noise!r}, for which {self.dataset} has no published "
+                f"paths; it has for {able}"
+            )
+        if (self.noise == "given") != (self.transition is not None):
+            raise ValueError(
+                "transition and the noise 'given' belong together: noise is "
+                f"{self.noise!r}, transition is {self.transition!r}"
+            )
+        if self.transition is not None:
+            rows = noise.check_transition(torch.tensor(self.transition)).tolist()
+            self._set("transition", tuple(tuple(row) for row in rows))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How networks are trained in this run."""
+        return profiles.recipe(self.dataset, self.model, self.profile)
+
+    def as_dict(self) -> Record:
+        """Plain values for JSON, those left at None or empty included."""
+        values = dataclasses.asdict(self)
+        return values | {"settings": dict(self.settings)}
+
+    def __str__(self) -> str:
+        """A short line for progress bars."""
+        rate = "" if self.noise_rate is None else f" {self.noise_rate:g}"
+        return f"{self.method}, {self.dataset}, {self.noise}{rate}, seed {self.seed}"
+
+
+def known(what: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name, if `value` is none of the allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        choice = ", ".join(allowed) or "none"
+        raise ValueError(f"unknown {what} {value!r}; {hint}Allowed: {choice}")
+
+
+def natural(what: str, value: object) -> int:
+    """Return a whole number of 0 or more, or raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{what} is {value!r}; it must be a whole number of 0 or more")
+    return value
+
+
+def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
+    """Every combination of `values` (a field's name = its values), the last fastest."""
+    names = list(values)
+    return [
+        dataclasses.replace(base, **dict(zip(names, choice, strict=True)))
+        for choice in itertools.product(*values.values())
+    ]
+
+
+load = functools.lru_cache(maxsize=1)(datasets.load)
+
+
+def transition_of(spec: Spec, num_classes: int) -> Tensor | None:
+    """T (K, K) float64 of a run's noise; None for human labels."""
+    match spec.noise:
+        case "symmetric":
+            return noise.symmetric(spec.noise_rate, num_classes)
+        case "pair-flip":
+            return noise.pair_flip(spec.noise_rate, num_classes)
+        case "given":
+            return noise.check_transition(torch.tensor(spec.transition), num_classes)
+        case name if name in noise.PATHS:
+            paths = noise.PATHS[name][spec.dataset]
+            return noise.asymmetric(spec.noise_rate, paths, num_classes)
+        case _:
+            return None
+
+
+def noisy_labels(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """The labels (N,) int64 that a run is given for a data set."""
+    transition = transition_of(spec, dataset.num_classes)
+    if transition is None:
+        return datasets.human_labels(spec.noise, dataset.labels)
+    return noise.corrupt(dataset.labels, transition, generator)
+
+
+def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+    """A run's data on the device: what the method sees, and what only we see."""
+    dataset = load(spec.dataset)
+    generator = torch.Generator().manual_seed(spec.seed)
+    labels = noisy_labels(spec, dataset, generator)
+    seen, truth = datasets.split(
+        dataset,
+        labels,
+        generator,
+        val_share=spec.recipe.val_share,
+        num_clean=spec.num_clean,
+        limit=spec.recipe.limit,
+    )
+    return seen.to(device), truth.to(device)
+
+
+def run(
+    spec: Spec,
+    device: torch.device,
+    *,
+    progress: Callable[[Event], None] = lambda event: None,
+) -> Record:
+    """Train by the spec's method and return the record.
+
+    Raises:
+        DivergenceError: if the loss stops being finite.
+        DataError: if the data set is missing or damaged.
+    """
+    started = time.perf_counter()
+    seen, truth = prepare(spec, device)
+    method = METHODS[spec.method]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    history, screening = [], None
+    with training.seeded(spec.seed, device) as generator:
+        setup = Setup(spec.model, spec.recipe, generator)
+        for event in method.run(seen, setup, **dict(spec.settings)):
+            if isinstance(event, Epoch):
+                history.append(evaluation.measure(event, truth))
+            else:
+                right = seen.labels == truth.labels
+                screening = evaluation.screened(event.kept, right)
+            progress(event)
+    return {
+        "spec": spec.as_dict(),
+        "recipe": dataclasses.asdict(spec.recipe),
+        "images": len(seen.labels),
+        "realised_rate": noise.realised_rate(seen.labels, truth.labels),
+        **evaluation.outcome(history),
+        "screening": screening,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_mb": records.peak_memory(device),
+        **records.provenance(device, source(spec.method)),
+        "history": {name: [row[name] for row in history] for name in history[0]},
+    }
+
+
+def source(method: str) -> str:
+    """Hash of the code that makes a method's numbers."""
+    module = METHODS[method].run.__module__
+    shared = ("noise", "losses", "models", "data", "training", "evaluation")
+    return records.source_hash(module, *(f"nlhelpers.{name}" for name in shared))
+
+
+def is_current(record: Record) -> bool:
+    """Whether today's code, profiles included, would make this record again."""
+    try:
+        spec = Spec(**record["spec"])
+    except (ValueError, TypeError):  # a name that today's code no longer knows
+        return False
+    recipe = dataclasses.asdict(spec.recipe)
+    return record["source"] == source(spec.method) and record["recipe"] == recipe
+
+
+def run_all(
+    specs: Iterable[Spec],
+    path: Path,
+    device: torch.device,
+    *,
+    time_budget: float | None = None,
+) -> list[Record]:
+    """Run what is not recorded yet, append each record to `path`, return them all.
+
+    Args:
+        specs: the runs; those in `path` that today's code made are not repeated.
+        path: a .jsonl file.
+        device: to train on.
+        time_budget: seconds after which no further run is started.
+
+    Returns:
+        The records of `specs` in their order, as far as they exist.
+    """
+    specs = list(specs)
+    started = time.perf_counter()
+    done = recorded(path)
+    todo = [spec for spec in specs if spec not in done]
+    records.check_writable(path)
+    epochs = sum(METHODS[s.method].trainings * s.recipe.epochs for s in todo)
+    print(f"{len(specs) - len(todo)} of {len(specs)} runs are recorded in {path}")
+    with tqdm(total=epochs, unit="epoch", disable=not todo) as bar:
+        for spec in todo:
+            if time_budget is not None and time.perf_counter() - started > time_budget:
+                tqdm.write("The time budget is spent; the same command goes on later.")
+                break
+            bar.set_description(str(spec))
+            record = run(spec, device, progress=functools.partial(advance, bar))
+            records.append(path, record)
+            done[spec] = record
+    return [done[spec] for spec in specs if spec in done]
+
+
+def advance(bar: tqdm, event: Event) -> None:
+    """Move the bar by one epoch."""
+    if isinstance(event, Epoch):
+        bar.set_postfix(val=f"{event.val_accuracy:.3f}", refresh=False)
+        bar.update()
+
+
+def recorded(path: Path) -> dict[Spec, Record]:
+    """The records under `path` that today's code made, by their spec."""
+    found = filter(is_current, records.read(path))
+    return {Spec(**record["spec"]): record for record in found}

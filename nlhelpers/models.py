@@ -1,0 +1,186 @@
+"""The papers' networks. Every one takes uint8 images and gives float32 logits."""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+
+class GaussianNoise(nn.Module):
+    """Adds N(0, std^2) to its input while training; std 0 leaves it alone."""
+
+    def __init__(self, std: float) -> None:
+        """Keep `std`, in units of the normalised input."""
+        super().__init__()
+        self.std = std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, or x plus noise."""
+        if self.training and self.std > 0:
+            return x + self.std * torch.randn_like(x)
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"std={self.std}"
+
+
+class Network(nn.Module):
+    """Normalises uint8 images, perturbs them, and runs a body in the body's layout.
+
+    Normalising inside the network keeps the data set as bytes on the device and makes
+    every prediction, wherever it is asked for, use the same mean.
+    """
+
+    def __init__(self, body: nn.Module, mean: Tensor, noise_std: float = 0.0) -> None:
+        """Wrap `body`.
+
+        Args:
+            body: takes float images (N, C, H, W), gives logits (N, K).
+            mean: (C, H, W), mean of each pixel over the training images, 0 to 255.
+            noise_std: of the Gaussian noise layer; 1 is the full range of a pixel.
+        """
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.noise = GaussianNoise(noise_std)
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) uint8 to logits (N, K) float32."""
+        x = images.float().sub_(self.mean).mul_(1 / 255)
+        return self.body(self.noise(x)).float()
+
+
+class MLP(nn.Sequential):
+    """Fully connected: inputs-128-128-K, ReLU, dropout (Patrini et al. 2017)."""
+
+    def __init__(
+        self, inputs: int, num_classes: int, dropout: float = 0.2, width: int = 128
+    ) -> None:
+        """Build it with He-normal weights and zero biases."""
+        super().__init__(
+            nn.Flatten(),
+            nn.Linear(inputs, width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(width, num_classes),
+        )
+        he_normal(self)
+
+
+class ResidualUnit(nn.Module):
+    """conv-BN-ReLU-dropout-conv-BN plus the input (He et al. 2016; Ding et al. 2018).
+
+    The shortcut has no parameters: where the shape changes it takes every second pixel
+    and fills the new channels with zeros (He et al.'s option A).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
+        """Build one unit of `inputs` to `outputs` channels."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.new_channels = outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(self.dropout(y)))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            x = F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(x + y, inplace=True)
+
+
+class ResNet(nn.Sequential):
+    """6n + 2 layers for small images, widths 16-32-64 (He et al. 2016, section 4.2)."""
+
+    def __init__(
+        self, channels: int, num_classes: int, n: int = 2, dropout: float = 0.0
+    ) -> None:
+        """Build it with He-normal weights; n = 2 is the 14-layer network."""
+        units = []
+        for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+            stride = outputs // inputs
+            units.append(ResidualUnit(inputs, outputs, stride, dropout))
+            units += [ResidualUnit(outputs, outputs, 1, dropout) for _ in range(n - 1)]
+        super().__init__(
+            nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            *units,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, num_classes),
+        )
+        he_normal(self)
+
+
+def he_normal(module: nn.Module) -> None:
+    """Draw every weight matrix and kernel from N(0, 2 / fan_in); biases become 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def mlp(shape: torch.Size, num_classes: int, dropout: float | None) -> MLP:
+    """The MLP for images of `shape` (C, H, W); dropout 0.2 unless told."""
+    return MLP(shape.numel(), num_classes, 0.2 if dropout is None else dropout)
+
+
+def resnet14(shape: torch.Size, num_classes: int, dropout: float | None) -> ResNet:
+    """The 14-layer ResNet for images of `shape` (C, H, W); no dropout unless told."""
+    return ResNet(shape[0], num_classes, dropout=dropout or 0.0)
+
+
+def resnet50(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.Module:
+    """ResNet-50 from torchvision, without weights; dropout before its last layer."""
+    if shape[0] != 3:
+        raise ValueError(f"resnet50 takes 3 channels, but the images have {shape[0]}")
+    body = torchvision.models.resnet50(num_classes=num_classes)
+    body.fc = nn.Sequential(nn.Dropout(dropout or 0.0), body.fc)
+    return body
+
+
+MODELS = {"mlp": mlp, "resnet14": resnet14, "resnet50": resnet50}
+
+
+def build(
+    name: str,
+    images: Tensor,
+    num_classes: int,
+    *,
+    noise_std: float = 0.0,
+    dropout: float | None = None,
+) -> Network:
+    """Build a network for `images`, on their device.
+
+    Noise and dropout own no parameters, so weights move freely between a network with
+    and one without them.
+
+    Args:
+        name: a key of MODELS.
+        images: (N, C, H, W) uint8; give the shape, the mean and the device.
+        num_classes: K.
+        noise_std: of the Gaussian noise layer on the input.
+        dropout: probability of dropping a unit; None is the network's own default.
+    """
+    body = MODELS[name](images.shape[1:], num_classes, dropout)
+    network = Network(body, pixel_mean(images), noise_std)
+    return network.to(images.device, memory_format=torch.channels_last)
+
+
+def pixel_mean(images: Tensor, chunk: int = 8192) -> Tensor:
+    """Mean of each pixel over the images: (C, H, W) float32, 0 to 255."""
+    sums = torch.stack([part.sum(0, dtype=torch.int64) for part in images.split(chunk)])
+    return (sums.sum(0).double() / len(images)).float()

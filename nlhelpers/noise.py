@@ -1,0 +1,174 @@
+"""Label noise: transition matrices, corruption, realised rates and estimates.
+
+A transition matrix T (K, K) is row-stochastic: T[i, j] = p(noisy label j | true i).
+A noise rate is the probability that a label is *changed*; symmetric noise spreads it
+over the other K - 1 classes (some later code lets a label change into itself: this
+does not).
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Which class turns into which, as class numbers. "asymmetric" is what the text of the
+# source says; "asymmetric-swap" is the matrix printed in Ding et al. (2018), Figure 3.
+PATHS: dict[str, dict[str, dict[int, int]]] = {
+    "asymmetric": {
+        # Ding et al. (2018), section 4.1: 2->7, 3->8, 5->6, 7->1.
+        "mnist": {2: 7, 3: 8, 5: 6, 7: 1},
+        "digits": {2: 7, 3: 8, 5: 6, 7: 1},
+        # Patrini et al. (2017): truck->automobile, bird->airplane, deer->horse,
+        # cat<->dog.
+        "cifar10": {9: 1, 2: 0, 4: 7, 3: 5, 5: 3},
+        # Zhang and Sabuncu (2018): boot->sneaker, sneaker->sandal, pullover->shirt,
+        # coat<->dress.
+        "fashion-mnist": {9: 7, 7: 5, 2: 6, 4: 3, 3: 4},
+    },
+    "asymmetric-swap": {
+        # The same paths, but 5<->6 instead of 5->6.
+        "mnist": {2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
+        "digits": {2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
+    },
+}
+
+
+def check_rate(noise_rate: float) -> float:
+    """Return `noise_rate` as a float, or raise ValueError if it is outside [0, 1]."""
+    number = isinstance(noise_rate, int | float) and not isinstance(noise_rate, bool)
+    if not number or not 0.0 <= noise_rate <= 1.0:  # NaN fails the comparison too
+        raise ValueError(
+            f"noise_rate is {noise_rate!r}; it is the probability that a label is "
+            "changed and must be a number in [0, 1]"
+        )
+    return float(noise_rate)
+
+
+def check_transition(transition: Tensor, num_classes: int | None = None) -> Tensor:
+    """Return T as float64, or raise ValueError if it is not row-stochastic.
+
+    Args:
+        transition: (K, K); every entry in [0, 1], every row summing to 1 within 1e-6.
+        num_classes: the K that is expected; any K if None.
+    """
+    transition = torch.as_tensor(transition, dtype=torch.float64)
+    if transition.ndim != 2 or transition.shape[0] != transition.shape[1]:
+        shape = tuple(transition.shape)
+        raise ValueError(f"transition has shape {shape}; it must be square (K, K)")
+    if num_classes is not None and len(transition) != num_classes:
+        raise ValueError(
+            f"transition is for {len(transition)} classes, but the data have "
+            f"{num_classes}"
+        )
+    bad = ~((transition >= 0) & (transition <= 1)).all(dim=1)
+    bad |= ~torch.isclose(transition.sum(dim=1), torch.ones(()).double(), atol=1e-6)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"transition is not row-stochastic: row {row} is "
+            f"{transition[row].tolist()} (sum {transition[row].sum():.6g}); entries "
+            "must lie in [0, 1] and every row must sum to 1, since T[i, j] = "
+            "p(noisy label j | true label i)"
+        )
+    return transition
+
+
+def symmetric(noise_rate: float, num_classes: int) -> Tensor:
+    """T (K, K) float64 that changes a label with `noise_rate` to any other class."""
+    rate = check_rate(noise_rate)
+    transition = torch.full(
+        (num_classes, num_classes), rate / (num_classes - 1), dtype=torch.float64
+    )
+    return transition.fill_diagonal_(1.0 - rate)
+
+
+def asymmetric(noise_rate: float, paths: Mapping[int, int], num_classes: int) -> Tensor:
+    """T (K, K) float64 that turns class a into paths[a] with `noise_rate`."""
+    rate = check_rate(noise_rate)
+    transition = torch.eye(num_classes, dtype=torch.float64)
+    for source, target in paths.items():
+        transition[source, source] = 1.0 - rate
+        transition[source, target] = rate
+    return transition
+
+
+def pair_flip(noise_rate: float, num_classes: int) -> Tensor:
+    """T (K, K) float64 that turns class k into k + 1 (the last into 0)."""
+    paths = {k: (k + 1) % num_classes for k in range(num_classes)}
+    return asymmetric(noise_rate, paths, num_classes)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """Return labels (N,) int64, or raise ValueError if one is outside 0 .. K - 1."""
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; "
+            "they must be a vector of whole numbers"
+        )
+    out_of_range = (labels < 0) | (labels >= num_classes)
+    if out_of_range.any():
+        where = int(out_of_range.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[where])} (example {where}) is out of range; "
+            f"with {num_classes} classes, labels are 0 to {num_classes - 1}"
+        )
+    return labels.long()
+
+
+def corrupt(labels: Tensor, transition: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw noisy labels (N,) int64 from the rows of T that `labels` (N,) name.
+
+    Inverse-CDF sampling: one uniform number per label, all on the CPU, so that the
+    noise of a seed is the same whatever device trains on it.
+
+    Raises:
+        ValueError: if T is not row-stochastic or a label is out of range.
+    """
+    transition = check_transition(transition)
+    labels = check_labels(labels, len(transition))
+    cumulative = transition.cumsum(dim=1)[:, :-1]  # the last bound is 1 by definition
+    uniform = torch.rand(len(labels), 1, generator=generator, dtype=torch.float64)
+    return (uniform >= cumulative[labels]).sum(dim=1)
+
+
+def realised_rate(noisy_labels: Tensor, true_labels: Tensor) -> float:
+    """Share of labels that differ from the truth: what was drawn, not what was set."""
+    return (noisy_labels != true_labels).double().mean().item()
+
+
+def estimate_transition(
+    noisy_labels: Tensor, true_labels: Tensor, num_classes: int
+) -> Tensor:
+    """T (K, K) float64 counted from pairs of labels; NaN in an absent class's row."""
+    pairs = true_labels * num_classes + noisy_labels
+    counts = torch.bincount(pairs, minlength=num_classes**2).double()
+    counts = counts.view(num_classes, num_classes)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
+def accuracy_ceiling(transition: Tensor, class_shares: Tensor) -> float:
+    """Best accuracy of a classifier that follows balanced noisy labels.
+
+    Once the classes of the noisy labels are balanced, the most likely noisy label of a
+    true class i is argmax_j T[i, j] / p(noisy j). Where that is not i, no amount of
+    data shows the mistake, and the whole class is lost.
+
+    Args:
+        transition: T (K, K).
+        class_shares: (K,), share of each true class, summing to 1.
+    """
+    transition = check_transition(transition)
+    shares = class_shares.to(transition)
+    noisy_shares = shares @ transition
+    if (noisy_shares == 0).any():
+        absent = int((noisy_shares == 0).nonzero()[0])
+        raise ValueError(f"no label of class {absent} is left under this transition")
+    winner = (transition / noisy_shares).argmax(dim=1)
+    return shares[winner == torch.arange(len(shares))].sum().item()
+
+
+def standard_error(rate: float, count: int) -> float:
+    """Standard deviation of a realised rate over `count` independent labels."""
+    return math.sqrt(rate * (1.0 - rate) / count)

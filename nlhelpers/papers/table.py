@@ -1,0 +1,57 @@
+"""What a published table is: cells with a value and, where we can run it, a spec."""
+
+from dataclasses import dataclass, field, replace
+
+from nlhelpers.experiments import Spec
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One published number.
+
+    Attributes:
+        row: label of the table's row.
+        column: label of the table's column.
+        value: in percent; None where the paper has no such cell and we add one.
+        std: standard deviation over the paper's runs, in percentage points, if printed.
+        spec: the run that measures it, seed and profile aside; None if nothing does.
+    """
+
+    row: str
+    column: str
+    value: float | None
+    std: float | None = None
+    spec: Spec | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a paper.
+
+    Attributes:
+        paper: citation key in the book's bibliography.
+        label: "Table 3".
+        caption: what it shows.
+        cells: in reading order.
+    """
+
+    paper: str
+    label: str
+    caption: str
+    cells: tuple[Cell, ...] = field(repr=False)
+
+    def specs(self, dataset: str, profile: str, seeds: range | list[int]) -> list[Spec]:
+        """The runs behind the cells of a data set, seed by seed, none twice."""
+        runs = [
+            replace(cell.spec, profile=profile, seed=seed)
+            for seed in seeds
+            for cell in self.cells
+            if cell.spec is not None and cell.spec.dataset == dataset
+        ]
+        if not runs:
+            able = sorted({cell.spec.dataset for cell in self.cells if cell.spec})
+            raise ValueError(
+                f"{self.label} of {self.paper} has no runs on {dataset!r}; it has on "
+                f"{', '.join(able)}"
+            )
+        return list(dict.fromkeys(runs))

@@ -1,0 +1,218 @@
+"""Saved runs: one line of JSON each, appended whole or not at all, with provenance."""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nlhelpers import __version__
+
+Record = dict[str, Any]
+PACKAGE = Path(__file__).parent
+
+
+class RecordError(RuntimeError):
+    """A record file cannot be read or written; the message names it."""
+
+
+def append(path: Path, record: Record) -> None:
+    """Append one record, so that the file holds either all of it or none of it.
+
+    Raises:
+        RecordError: if the folder is read-only, the disk is full or the file ends in
+            the middle of a line; what was there before stays as it was.
+    """
+    path = Path(path)
+    line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write records to {path}: {error.strerror}"
+        ) from error
+    try:
+        before = os.fstat(file).st_size
+        if before and os.pread(file, 1, before - 1) != b"\n":
+            raise RecordError(_cut_off(path))
+        try:
+            # A single write: other processes' lines come before or after, not between.
+            if os.write(file, line) != len(line):
+                raise OSError(None, "no space left for the whole record")
+            os.fsync(file)
+        except OSError as error:
+            os.ftruncate(file, before)
+            message = f"cannot write records to {path}: {error.strerror}"
+            raise RecordError(message) from error
+    finally:
+        os.close(file)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RecordError now, not after hours of training, if nothing can be written."""
+    path = Path(path)
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise RecordError(
+            f"cannot write records to {path}: {error.strerror}"
+        ) from error
+    if not existed:
+        path.unlink()
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a .jsonl file, or of all such files under a folder; [] if none.
+
+    Raises:
+        RecordError: for a line that is no record; it names the file and the line.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    return [record for file in files if file.exists() for record in _lines(file)]
+
+
+def _lines(file: Path) -> Iterator[Record]:
+    text = file.read_bytes()
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            raise RecordError(_cut_off(file))
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise RecordError(
+                f"{file}, line {number} is no record ({error}); delete that line, the "
+                "others are whole"
+            ) from error
+
+
+def _cut_off(file: Path) -> str:
+    number = file.read_bytes().count(b"\n") + 1
+    return (
+        f"{file}, line {number} is cut off in the middle; delete that line (the others "
+        "are whole) and run again"
+    )
+
+
+def provenance(device: torch.device, sources: str) -> Record:
+    """Where a record comes from: device, versions, commit and source hash."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    versions |= {"python": platform.python_version(), "nlhelpers": __version__}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": versions,
+        "commit": commit(),
+        "source": sources,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "CPU"
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Largest memory held, in MB: on a GPU by this run, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout this package runs from; None outside of one."""
+    call = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(call, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+# The hash of the code behind a number
+
+
+@functools.cache
+def source_hash(*modules: str) -> str:
+    """Hash of the code of these modules and of all in the package that they import.
+
+    Comments, docstrings and empty lines do not count, so that a record outlives a
+    better sentence.
+    """
+    digest = hashlib.sha256()
+    for path in imported(*(module_path(module) for module in modules)):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode())
+        digest.update(code(path.read_text()).encode())
+    return digest.hexdigest()[:12]
+
+
+def module_path(module: str) -> Path:
+    """File of a module of this package: "nlhelpers.noise" -> nlhelpers/noise.py."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imported(*files: Path) -> list[Path]:
+    """These files and all files of the package that they import, sorted."""
+    found: set[Path] = set()
+    todo = list(files)
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            todo += (module_path(m) for m in imports(path.read_text()))
+    return sorted(found)
+
+
+def imports(source: str) -> Iterable[str]:
+    """Modules of this package that a source names in an import, wherever it stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            if name.startswith("nlhelpers.") and module_path(name).exists():
+                yield name
+
+
+def code(source: str) -> str:
+    """A source without comments, docstrings and empty lines."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text and isinstance(node.value.value, str):
+            for number in range(node.lineno - 1, node.end_lineno):
+                lines[number] = ""
+    kept = (line.split("  # ")[0].rstrip() for line in lines)
+    return "\n".join(
+        line for line in kept if line and not line.lstrip().startswith("#")
+    )

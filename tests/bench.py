@@ -1,0 +1,115 @@
+"""`make bench`: what the training loop costs over a bare step, in one process.
+
+Each model is trained on random tensors with a bare step, and through `training.fit`
+with real images (batches, augmentation and bookkeeping included). The two take turns,
+epoch by epoch, so that a machine whose speed drifts slows both; the result is the
+median of the turns' ratios. It should be 0.90 or more for `mlp` and `resnet14` on two
+CPU cores.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nlhelpers import data, experiments, losses, records, training
+from nlhelpers.experiments import Spec
+from nlhelpers.training import Setup
+
+# model -> (data set, images per epoch of the benchmark)
+SIZES = {"mlp": ("mnist", 25_600), "resnet14": ("cifar10", 1_280)}
+BATCH_SIZE = 128
+
+
+def bare(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[], float]:
+    """An epoch of bare steps on random tensors; returns its seconds."""
+    shape = (BATCH_SIZE, *seen.images.shape[1:])
+    device = seen.images.device
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(seen.num_classes, (BATCH_SIZE,), device=device)
+    optimiser = training.make_optimiser(model, setup.recipe)
+    precision = training.autocast(model, device)
+    forward = training.compiled(
+        lambda model: losses.cross_entropy(model(images), labels).mean(), device
+    )
+
+    def epoch() -> float:
+        model.train()
+        started = time.perf_counter()
+        for _ in range(len(seen.images) // BATCH_SIZE):
+            with precision:
+                loss = forward(model)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+        return time.perf_counter() - started
+
+    return epoch
+
+
+def looped(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[], float]:
+    """An epoch of `training.fit` on real images; returns its seconds of training."""
+
+    def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
+        return losses.cross_entropy(model(images), seen.labels[index]).mean()
+
+    epochs = training.fit(
+        model,
+        seen.images,
+        lambda: training.uniform_batches(len(seen.images), setup),
+        step,
+        setup,
+        lambda model: 0.0,
+        stage="bench",
+    )
+    return lambda: next(epochs).seconds
+
+
+def bench(name: str, device: torch.device, rounds: int) -> None:
+    """Print images/s of both and their ratio."""
+    dataset, count = SIZES[name]
+    try:
+        spec = Spec(dataset=dataset, model=name, profile="paper")
+        seen, _ = experiments.prepare(spec, device)
+    except data.DataError as error:
+        print(f"{name}: skipped, {error}")
+        return
+    seen = replace(seen, images=seen.images[:count], labels=seen.labels[:count])
+    recipe = replace(spec.recipe, epochs=rounds + 2, batch_size=BATCH_SIZE)
+    with training.seeded(0, device) as generator:
+        setup = Setup(name, recipe, generator)
+        epochs = [make(setup.build(seen), seen, setup) for make in (bare, looped)]
+        for epoch in epochs * 2:
+            epoch()  # warm up
+        turns = [[epoch() for epoch in epochs] for _ in range(rounds)]
+    fastest = [count / statistics.median(times) for times in zip(*turns, strict=True)]
+    ratio = statistics.median(bare / loop for bare, loop in turns)
+    print(
+        f"{name:10} bare {fastest[0]:9,.0f} images/s   training.fit {fastest[1]:9,.0f} "
+        f"images/s   ratio {ratio:.2f}"
+    )
+
+
+def main() -> None:
+    """Run the benchmark for every model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    device = training.pick_device(options.device)
+    print(f"{records.device_name(device)}, batch {BATCH_SIZE}")
+    for name in SIZES:
+        bench(name, device, options.rounds)
+    peak = records.peak_memory(device)
+    if peak is not None:
+        print(f"peak memory, CIFAR-10 included: {peak:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
