@@ -1,0 +1,118 @@
+"""The check behind every notebook's parameter cell.
+
+papermill only warns when a parameter has a name that the notebook does not know, and
+runs the notebook with its default. Here such a name, or a bad value, stops the notebook
+in its second cell.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nlhelpers import experiments, records, training
+from nlhelpers.experiments import Spec
+from nlhelpers.methods import METHODS
+
+SPEC_FIELDS = {field.name for field in dataclasses.fields(Spec)}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A notebook's parameters, checked.
+
+    Attributes:
+        spec: the run they describe, with the first method and the first seed.
+        methods: names of the methods to compare.
+        num_seeds: runs of each method, with consecutive seeds.
+        device: where to train.
+        records: a .jsonl file to store records in.
+    """
+
+    spec: Spec
+    methods: tuple[str, ...]
+    num_seeds: int
+    device: torch.device
+    records: Path
+
+    def specs(self, **changes: object) -> list[Spec]:
+        """The runs asked for, seed by seed; `changes` replace fields of each."""
+        base = dataclasses.replace(self.spec, **changes)
+        seeds = range(base.seed, base.seed + self.num_seeds)
+        return experiments.grid(base, seed=seeds, method=self.methods)
+
+
+def check(
+    *,
+    methods: Iterable[str] = ("cross-entropy",),
+    num_seeds: int = 1,
+    device: str = "auto",
+    records_file: str = "records/runs.jsonl",
+    **values: object,
+) -> Parameters:
+    """Check the values of a notebook's parameter cell.
+
+    Args:
+        methods: a list of names.
+        num_seeds: how many seeds to run, from `seed` on.
+        device: "auto", "cpu" or "cuda".
+        records_file: where to append records.
+        values: fields of `experiments.Spec`.
+
+    Raises:
+        ValueError: for a wrong value, or for a name that papermill was given and the
+            notebook does not have; the message says what is allowed.
+        RecordError: if `records_file` cannot be written.
+    """
+    names = {"methods", "num_seeds", "device", "records_file"}
+    for name in injected():
+        experiments.known("parameter", name, [*values, *sorted(names)])
+    for name in values:
+        experiments.known("parameter", name, SPEC_FIELDS)
+    methods = listed("methods", methods)
+    if experiments.natural("num_seeds", num_seeds) == 0:
+        raise ValueError("num_seeds is 0; it must be at least 1")
+    for method in methods:
+        experiments.known("method", method, METHODS)
+    spec = Spec(method=methods[0], **values)
+    records.check_writable(Path(records_file))
+    return Parameters(
+        spec,
+        tuple(methods),
+        num_seeds,
+        training.pick_device(device),
+        Path(records_file),
+    )
+
+
+def listed(what: str, values: object) -> list:
+    """Return a list with something in it, or raise ValueError."""
+    if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
+        raise ValueError(
+            f"{what} is {values!r}; it must be a list with at least one entry (with "
+            f'papermill: -y "{what}: [...]")'
+        )
+    return list(values)
+
+
+def injected() -> list[str]:
+    """Names that papermill has set in this notebook; [] outside of papermill.
+
+    papermill puts its values into a cell of their own, which starts with a fixed comment
+    and has run by the time of the check.
+    """
+    try:
+        cells = get_ipython().user_ns["In"]  # type: ignore[name-defined]
+    except NameError:  # not in a notebook
+        return []
+    return [
+        target.id
+        for cell in cells
+        if cell.startswith("# Parameters\n")
+        for statement in ast.parse(cell).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+    ]
