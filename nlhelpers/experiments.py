@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from nlhelpers import data as datasets
 from nlhelpers import evaluation, noise, profiles, records, training

@@ -101,8 +101,8 @@ def listed(what: str, values: object) -> list:
 def injected() -> list[str]:
     """Names that papermill has set in this notebook; [] outside of papermill.
 
-    papermill puts its values into a cell of their own, which starts with a fixed comment
-    and has run by the time of the check.
+    papermill puts its values into a cell of their own, which starts with a fixed
+    comment and has run by the time of the check.
     """
     try:
         cells = get_ipython().user_ns["In"]  # type: ignore[name-defined]

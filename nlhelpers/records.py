@@ -20,6 +20,7 @@ from nlhelpers import __version__
 
 Record = dict[str, Any]
 PACKAGE = Path(__file__).parent
+SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
 
 
 class RecordError(RuntimeError):

@@ -1,14 +1,59 @@
-"""Measured beside published: tables of records and the figures of the chapters."""
+"""Measured beside published: tables of records, and the parts of the figures."""
 
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+from torch import Tensor
 
+from nlhelpers import experiments
+from nlhelpers.methods import METHODS
+from nlhelpers.papers import Table
 from nlhelpers.records import Record
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+VERMILION, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+METHOD_COLOURS = {
+    "cross-entropy": VERMILION,
+    "improved-baseline": ORANGE,
+    "two-stage": BLUE,
+}
+OTHER_CODE = "†"  # marks a value that other code than today's has measured
 
-def summary(done: list[Record]) -> pd.DataFrame:
-    """One row per group of runs that differ in their seed alone.
 
-    Accuracies are in percent, over seeds: mean and sample standard deviation.
+def style() -> None:
+    """Make all figures of a notebook look like those of the others."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.2, 3.6),
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "image.cmap": "Blues",
+            "legend.frameon": False,
+            "font.size": 10,
+        }
+    )
+
+
+# Tables
+
+
+def summary(done: Sequence[Record]) -> pd.DataFrame:
+    """One row per group of records that differ in their seed alone.
+
+    Accuracies and rates are in percent; `std` is the sample standard deviation over the
+    seeds, NaN for one seed.
     """
     if not done:
         return pd.DataFrame({"runs": []})
@@ -23,13 +68,13 @@ def summary(done: list[Record]) -> pd.DataFrame:
         seeds=("seed", "nunique"),
         seconds=("seconds", "mean"),
     )
-    return table.round(3).reset_index()
+    return table.round(2).reset_index()
 
 
 def flat(record: Record) -> Record:
     """A record as one row: what was run, and what came out in percent."""
     spec = record["spec"]
-    settings = ", ".join(f"{k}={v}" for k, v in spec["settings"].items())
+    settings = ", ".join(f"{name}={value}" for name, value in spec["settings"].items())
     return {
         **{k: spec[k] for k in ("method", "dataset", "noise", "seed", "profile")},
         "rate": spec["noise_rate"],
@@ -39,4 +84,153 @@ def flat(record: Record) -> Record:
         "best_accuracy": 100 * record["best_accuracy"],
         "seconds": record["seconds"],
         "device": record["device"],
+        "current": experiments.is_current(record),
     }
+
+
+def measured(
+    table: Table, done: Sequence[Record], value: str = "last_accuracy"
+) -> pd.DataFrame:
+    """A published table's cells that we run, each beside what the records measured.
+
+    Args:
+        table: whose cells to fill.
+        done: records; those that are no cell's run are left out. All profiles count:
+            a cell measured in two profiles gives two lines.
+        value: a number of `flat`, in percent.
+
+    Returns:
+        One line per cell and profile: row, column, published (percent), published_std,
+        measured (mean), std (over seeds), difference, seeds, profile, device, seconds
+        (mean of a run) and current (whether today's code made all of it).
+    """
+    runs: dict[experiments.Spec, list[Record]] = {}
+    for record in done:
+        spec = {**record["spec"], "seed": 0, "profile": "paper"}
+        runs.setdefault(experiments.Spec(**spec), []).append(flat(record))
+    lines = []
+    for cell in table.cells:
+        rows = pd.DataFrame(runs.get(cell.spec, []))
+        for (profile, device), part in (
+            rows.groupby(["profile", "device"]) if len(rows) else ()
+        ):
+            lines.append(
+                {
+                    "row": cell.row,
+                    "column": cell.column,
+                    "published": cell.value,
+                    "published_std": cell.std,
+                    "measured": part[value].mean(),
+                    "std": part[value].std(),
+                    "seeds": part["seed"].nunique(),
+                    "profile": profile,
+                    "device": device,
+                    "seconds": part["seconds"].mean(),
+                    "current": part["current"].all(),
+                }
+            )
+    frame = pd.DataFrame(lines)
+    if len(frame):
+        position = frame.columns.get_loc("std") + 1
+        frame.insert(position, "difference", frame["measured"] - frame["published"])
+    return frame
+
+
+def beside(frame: pd.DataFrame) -> Styler:
+    """The table of `measured` as a page shows it: rounded, with ± and shading.
+
+    A difference of more than 1 point is shaded, above the paper in blue and below it in
+    orange.
+    """
+
+    def spread(mean: float, std: float) -> str:
+        if pd.isna(mean):
+            return "–"
+        return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+    def shade(difference: str) -> str:
+        number = float(difference.replace("−", "-")) if difference != "–" else 0.0
+        if abs(number) <= 1:
+            return ""
+        return (
+            f"background-color: {'#cfe5f3' if number > 0 else '#fbe3b5'}; color: #000"
+        )
+
+    marks = frame["current"].map({True: "", False: f" {OTHER_CODE}"})
+    shown = pd.DataFrame(
+        {
+            "column": frame["column"],
+            "method": frame["row"],
+            "published": frame.apply(
+                lambda line: spread(line["published"], line["published_std"]), axis=1
+            ),
+            "measured": frame.apply(
+                lambda line: spread(line["measured"], line["std"]), axis=1
+            ),
+            "difference": [
+                "–" if pd.isna(d) else f"{d:+.1f}".replace("-", "−")
+                for d in frame["difference"]
+            ],
+            "seeds": frame["seeds"],
+            "profile": frame["profile"],
+            "s per run": frame["seconds"].round().astype(int),
+            "device": frame["device"],
+        }
+    )
+    shown["measured"] += marks
+    return shown.style.hide(axis="index").map(shade, subset=["difference"])
+
+
+# Parts of figures
+
+
+def show_matrix(axes: Axes, matrix: Tensor, names: Sequence[str], title: str) -> None:
+    """A (K, K) matrix of shares as a heat map with its larger entries printed."""
+    values = np.asarray(matrix)
+    axes.imshow(values, vmin=0, vmax=1)
+    axes.grid(False)
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names[0]) > 2 else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(title=title, xlabel="noisy label", ylabel="true label")
+    for (row, column), share in np.ndenumerate(values):
+        if share >= 0.005:
+            colour = "white" if share > 0.5 else "black"
+            text = f"{share:.2f}".lstrip("0") if share < 1 else "1"
+            axes.text(column, row, text, ha="center", va="center", color=colour, size=7)
+
+
+def gallery(
+    images: Sequence[Tensor | None],
+    titles: Sequence[str],
+    columns: int,
+    colours: Sequence[str] = (),
+) -> Figure:
+    """Images, each (C, H, W) uint8, in a grid with a title above; None leaves a gap."""
+    rows = -(-len(images) // columns)
+    size = (0.8 * columns, 1.0 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    colours = colours or [BLACK] * len(images)
+    for axes, image, title, colour in zip(
+        grid.flat, images, titles, colours, strict=False
+    ):
+        if image is not None:
+            pixels = image.cpu().permute(1, 2, 0).squeeze(-1)
+            axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
+            axes.set_title(title, size=8, color=colour)
+    return figure
+
+
+def plot_histories(axes: Axes, done: Sequence[Record]) -> None:
+    """Test accuracy (%) over the epochs of all trainings, one line per record."""
+    for record in done:
+        method, history = record["spec"]["method"], record["history"]
+        epochs = np.arange(1, len(history["epoch"]) + 1)
+        percent = 100 * np.array(history["test_accuracy"])
+        colour = METHOD_COLOURS.get(method, BLACK)
+        axes.plot(epochs, percent, color=colour, label=METHODS[method].title)
+    axes.set(xlabel="epoch, over all trainings of a method", ylabel="test accuracy (%)")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys())

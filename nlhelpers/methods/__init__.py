@@ -20,7 +20,7 @@ class Method:
     """A method by name.
 
     Attributes:
-        run: (data, setup, **settings) -> events.
+        run: takes `(data, setup, **settings)`, yields events.
         title: as the tables of the book print it.
         trainings: how many times it trains a network, for progress bars.
         uses_clean_set: whether it has a use for images with true labels.

@@ -1,0 +1,44 @@
+# `make book` and `make test` need Python 3.11 or newer, and nothing else: both stand on
+# one environment, .venv, which is made again when pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp's name carries a checksum of pyproject.toml: new content, new install.
+ENV := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.PHONY: help env book test lint bench clean
+
+help:   ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+env: $(ENV) ## make .venv with the package, the book's tools and the tests' tools
+
+book: $(ENV) ## run the notebooks that changed, build the book, print where it is
+	$(BIN)/python book/build.py
+
+test: $(ENV) ## run all tests; after `make book` they also open every page
+	$(BIN)/python -m pytest
+
+lint: $(ENV) ## check style and format, notebooks included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(ENV) ## images per second: bare training steps against training.py
+	$(BIN)/python tests/bench.py
+
+clean: ## remove the environment and everything built
+	rm -rf .venv _build .pytest_cache .ruff_cache nlhelpers.egg-info
+
+$(ENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "This book needs Python 3.11 or newer, and '$(PYTHON)' is not: "; \
+	  $(PYTHON) --version; \
+	  echo "Name another one:  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; } >&2
+	@echo "Making the environment .venv; PyTorch is large, so this takes some minutes"
+	@$(PYTHON) -m venv .venv
+	@# Without --no-compile pip spends a minute on files that are never imported.
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	  -e ".[book,test]"
+	@rm -f .venv/.installed-*
+	@touch $@

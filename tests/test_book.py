@@ -1,0 +1,256 @@
+"""The book: what runs again after a change, its sources, and its built pages."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import build
+import execute
+import freshness
+import pages
+from browser import chromium, find_chromium
+
+TOP = Path(__file__).resolve().parent.parent
+HTML = TOP / "_build" / "html"
+NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
+
+# ---------------------------------------------------------------- what runs again
+
+TREE = {
+    "nlhelpers/__init__.py": "",
+    "nlhelpers/noise.py": "import math",
+    "nlhelpers/losses.py": "from nlhelpers.noise import symmetric",
+    "nlhelpers/data.py": "def load():\n    from . import noise",
+    "nlhelpers/unused.py": "",
+    "nlhelpers/methods/__init__.py": "from .plain import train",
+    "nlhelpers/methods/plain.py": "from ..losses import cross_entropy",
+    "nlhelpers/plugins/__init__.py": "import importlib\nimportlib.import_module('x')",
+    "nlhelpers/plugins/one.py": "from nlhelpers import data",
+    "nlhelpers/papers/__init__.py": "",
+    "nlhelpers/papers/table.csv": "a,b",
+    "nlhelpers/report.py": "import nlhelpers.papers",
+    "book/records/runs.jsonl": "{}",
+}
+CELLS = {
+    "alone": ["import torch"],
+    "noise": ["x = 1", "import nlhelpers.noise"],
+    "data": ["%matplotlib inline\nfrom nlhelpers import data as d"],
+    "methods": ["def f():\n    from nlhelpers.methods import plain"],
+    "plugins": ["import nlhelpers.plugins as p"],
+    "report": ["from nlhelpers.report import table"],
+    "program": ["!python -m nlhelpers run"],
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name, content in TREE.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "notebooks").mkdir()
+    for name, sources in CELLS.items():
+        write_notebook(tmp_path / f"notebooks/{name}.ipynb", sources)
+    return tmp_path
+
+
+def write_notebook(path, sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def keys(top):
+    return {
+        name: freshness.notebook_key(top / f"notebooks/{name}.ipynb", top)
+        for name in CELLS
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "rerun"),
+    {
+        "nlhelpers/__init__.py": "noise data methods plugins report program",
+        "nlhelpers/noise.py": "noise data methods plugins program",
+        "nlhelpers/losses.py": "methods program",
+        "nlhelpers/data.py": "data plugins program",
+        "nlhelpers/methods/__init__.py": "methods program",
+        "nlhelpers/methods/plain.py": "methods program",
+        "nlhelpers/plugins/one.py": "plugins program",
+        "nlhelpers/papers/table.csv": "report program",
+        "nlhelpers/unused.py": "program",
+        "book/records/runs.jsonl": "report program",
+        "notebooks/alone.ipynb": "alone",
+    }.items(),
+)
+def test_a_change_reruns_exactly_what_depends_on_it(tree, changed, rerun):
+    before = keys(tree)
+    if changed.endswith(".ipynb"):
+        write_notebook(tree / changed, ["import torch  # again"])
+    else:
+        (tree / changed).write_text(TREE[changed] + "\n# changed")
+    after = keys(tree)
+    assert {name for name in CELLS if before[name] != after[name]} == set(rerun.split())
+
+
+def test_new_and_deleted_records_count(tree):
+    before = keys(tree)
+    (tree / "book/records/more.jsonl").write_text("{}")
+    added = keys(tree)
+    assert added["report"] != before["report"]
+    (tree / "book/records/more.jsonl").unlink()
+    assert keys(tree) == before
+
+
+def test_outputs_do_not_count(tree):
+    before = keys(tree)
+    path = tree / "notebooks/noise.ipynb"
+    content = json.loads(path.read_text())
+    content["cells"][0]["outputs"] = [{"output_type": "stream", "text": "1"}]
+    content["cells"][0]["execution_count"] = 3
+    path.write_text(json.dumps(content))
+    assert keys(tree) == before
+
+
+def test_versions_count(tree, monkeypatch):
+    before = keys(tree)
+    monkeypatch.setattr(freshness, "versions", lambda: {"torch": "another"})
+    assert not set(before.values()) & set(keys(tree).values())
+
+
+# ---------------------------------------------------------------- running, writing
+
+
+def test_notebooks_run_once_and_failures_leave_nothing(tmp_path, capsys):
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks/good.ipynb", ["print(6 * 7)"])
+    write_notebook(tmp_path / "notebooks/bad.ipynb", ["x = 1", "unknown_name"])
+    executed = tmp_path / "executed"
+    executed.mkdir()
+    (executed / "deleted.ipynb").write_text("{}")
+
+    _, failed = execute.run_stale(tmp_path, executed)
+    assert failed == 1
+    assert {path.name for path in executed.iterdir()} == {"good.ipynb", "good.json"}
+    assert "42" in (executed / "good.ipynb").read_text()
+    assert "bad.ipynb failed in cell 2: NameError" in capsys.readouterr().err
+
+    (tmp_path / "notebooks/bad.ipynb").unlink()
+    chapters, failed = execute.run_stale(tmp_path, executed)
+    assert failed == 0
+    assert "good.ipynb is up to date" in capsys.readouterr().out
+    assert "good" in pages.status(chapters)
+
+
+def test_write_tree_touches_only_what_differs(tmp_path):
+    build.write_tree(tmp_path, {"a": b"1", "b/c": b"2", "d": b"3"})
+    times = {name: (tmp_path / name).stat().st_mtime_ns for name in ("a", "b/c")}
+    build.write_tree(tmp_path, {"a": b"1", "b/c": b"changed"})
+    assert (tmp_path / "a").stat().st_mtime_ns == times["a"]
+    assert (tmp_path / "b/c").read_bytes() == b"changed"
+    assert not (tmp_path / "d").exists()
+
+
+# ---------------------------------------------------------------- the sources
+
+
+def toc_files(node):
+    """All `file` entries of a table of contents."""
+    if isinstance(node, list):
+        return [name for part in node for name in toc_files(part)]
+    if not isinstance(node, dict):
+        return []
+    below = [name for part in node.values() for name in toc_files(part)]
+    return [node["file"], *below] if "file" in node else below
+
+
+def test_the_table_of_contents_names_every_page_and_no_other():
+    toc = yaml.safe_load((TOP / "_toc.yml").read_text())
+    listed = {toc["root"], *toc_files(toc)}
+    prose = {f"book/{path.stem}" for path in (TOP / "book").glob("*.md")}
+    chapters = {f"notebooks/{path.stem}" for path in NOTEBOOKS}
+    assert listed == prose | chapters | {"book/api", "book/status"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == code[:1], "the first code cell, and only it, is tagged parameters"
+    for number, cell in enumerate(code, 1):
+        assert not cell.outputs, f"code cell {number} is stored with outputs"
+        assert cell.execution_count is None, f"code cell {number} has a count"
+        lines = len(cell.source.splitlines())
+        assert lines <= 25, f"code cell {number} has {lines} lines, over 25"
+
+
+# ---------------------------------------------------------------- the built pages
+
+
+def built_pages():
+    """All pages of the last good build, but the redirection that is index.html."""
+    if not (TOP / "_build" / "built.json").is_file():
+        return []
+    found = {path for path in HTML.rglob("*.html") if "_static" not in path.parts}
+    return sorted(found - {HTML / "index.html"})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium or Chrome found; CHROMIUM can name one")
+    with chromium(program) as tab:
+        yield tab
+
+
+needs_book = pytest.mark.skipif(not built_pages(), reason="no book: run `make book`")
+
+
+@needs_book
+@pytest.mark.parametrize(
+    "page", built_pages(), ids=lambda page: page.relative_to(HTML).as_posix()
+)
+def test_page_opens_without_errors_or_network(browser, page):
+    visit = browser.open(page.as_uri())
+    assert visit.errors == []
+    assert [
+        url for url in visit.requests if not url.startswith(("file:", "data:"))
+    ] == []
+    assert visit.report["broken"] == []
+    assert visit.report["typeset"] == visit.report["formulas"]
+    assert visit.report["bad_formulas"] == 0
+
+
+@needs_book
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_page_shows_every_figure(browser, path):
+    executed = nbformat.read(TOP / "_build/notebooks" / path.name, as_version=4)
+    figures = sum(
+        any(kind.startswith("image/") for kind in output.get("data", {}))
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+    )
+    visit = browser.open((HTML / "notebooks" / f"{path.stem}.html").as_uri())
+    assert visit.report["images"] >= figures
+
+
+@needs_book
+def test_index_leads_to_the_first_page():
+    target = re.search(r'url=([^"]+)"', (HTML / "index.html").read_text()).group(1)
+    assert (HTML / target).is_file()
+
+
+@needs_book
+def test_browser_reports_what_is_wrong(browser, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='none.png'><script>console.error('no'); x.y</script>")
+    visit = browser.open(bad.as_uri())
+    assert len(visit.report["broken"]) == 1
+    assert any("no" in error for error in visit.errors)
+    assert any("x is not defined" in error for error in visit.errors)
