@@ -201,7 +201,11 @@ def imports(source: str) -> Iterable[str]:
         else:
             continue
         for name in names:
-            if name.startswith("nlhelpers.") and module_path(name).exists():
+            # A package's __init__ only lists names: all methods, not those in use.
+            if not name.startswith("nlhelpers."):
+                continue
+            path = module_path(name)
+            if path.exists() and path.name != "__init__.py":
                 yield name
 
 
