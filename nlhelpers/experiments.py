@@ -243,14 +243,32 @@ def source(method: str) -> str:
     return records.source_hash(module, *(f"nlhelpers.{name}" for name in shared))
 
 
+def spec_of(record: Record) -> Spec | None:
+    """What a record was asked to run; None if today's code no longer knows a name."""
+    try:
+        return Spec(**record["spec"])
+    except (ValueError, TypeError):
+        return None
+
+
 def is_current(record: Record) -> bool:
     """Whether today's code, profiles included, would make this record again."""
-    try:
-        spec = Spec(**record["spec"])
-    except (ValueError, TypeError):  # a name that today's code no longer knows
-        return False
-    recipe = dataclasses.asdict(spec.recipe)
-    return record["source"] == source(spec.method) and record["recipe"] == recipe
+    spec = spec_of(record)
+    return (
+        spec is not None
+        and record["source"] == source(spec.method)
+        and record["recipe"] == dataclasses.asdict(spec.recipe)
+    )
+
+
+def latest(found: Iterable[Record]) -> list[Record]:
+    """One record per spec and device: the last that today's code made, or the last."""
+    chosen: dict[tuple[Spec | None, str], Record] = {}
+    for record in found:
+        key = spec_of(record), record["device"]
+        if key not in chosen or is_current(record) or not is_current(chosen[key]):
+            chosen[key] = record
+    return list(chosen.values())
 
 
 def run_all(
@@ -299,5 +317,6 @@ def advance(bar: tqdm, event: Event) -> None:
 
 def recorded(path: Path) -> dict[Spec, Record]:
     """The records under `path` that today's code made, by their spec."""
-    found = filter(is_current, records.read(path))
-    return {Spec(**record["spec"]): record for record in found}
+    return {
+        spec_of(record): record for record in records.read(path) if is_current(record)
+    }

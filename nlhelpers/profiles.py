@@ -42,8 +42,8 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
     if profile == "smoke":
         return replace(paper, epochs=2, limit=600, patience=1)
     if profile == "quick" and dataset != "digits":
-        shorter = {"mlp": 10, "resnet14": 12, "resnet50": 3}[model]
-        limit = 10_000 if model != "mlp" else None
+        shorter = {"mlp": 10, "resnet14": 10, "resnet50": 3}[model]
+        limit = 5_000 if model != "mlp" else None
         patience = max(1, paper.patience * shorter // paper.epochs)
         return replace(paper, epochs=shorter, limit=limit, patience=patience)
     return paper

@@ -1,6 +1,7 @@
 """Measured beside published: tables of records, and the parts of the figures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,20 +56,21 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     Accuracies and rates are in percent; `std` is the sample standard deviation over the
     seeds, NaN for one seed.
     """
+    columns = {
+        "last": ("last_accuracy", "mean"),
+        "std": ("last_accuracy", "std"),
+        "best": ("best_accuracy", "mean"),
+        "realised": ("realised_rate", "mean"),
+        "seeds": ("seed", "nunique"),
+        "seconds": ("seconds", "mean"),
+    }
+    by = ["method", "settings", "dataset", "noise", "rate", "profile", "device"]
     if not done:
-        return pd.DataFrame({"runs": []})
+        return pd.DataFrame(columns=[*by, *columns])
     rows = pd.DataFrame([flat(record) for record in done])
-    by = ["dataset", "noise", "rate", "method", "settings", "profile", "device"]
-    groups = rows.groupby(by, sort=False, dropna=False)
-    table = groups.agg(
-        realised=("realised_rate", "mean"),
-        last=("last_accuracy", "mean"),
-        std=("last_accuracy", "std"),
-        best=("best_accuracy", "mean"),
-        seeds=("seed", "nunique"),
-        seconds=("seconds", "mean"),
-    )
-    return table.round(2).reset_index()
+    table = rows.groupby(by, sort=False, dropna=False).agg(**columns).reset_index()
+    shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
+    return table[[*shown, "realised", "seeds", "seconds", "profile", "device"]].round(2)
 
 
 def flat(record: Record) -> Record:
@@ -95,8 +97,8 @@ def measured(
 
     Args:
         table: whose cells to fill.
-        done: records; those that are no cell's run are left out. All profiles count:
-            a cell measured in two profiles gives two lines.
+        done: records; those that are no cell's run are left out. A cell measured in
+            two profiles, or on two devices, gives two lines.
         value: a number of `flat`, in percent.
 
     Returns:
@@ -105,9 +107,11 @@ def measured(
         (mean of a run) and current (whether today's code made all of it).
     """
     runs: dict[experiments.Spec, list[Record]] = {}
-    for record in done:
-        spec = {**record["spec"], "seed": 0, "profile": "paper"}
-        runs.setdefault(experiments.Spec(**spec), []).append(flat(record))
+    for record in experiments.latest(done):
+        spec = experiments.spec_of(record)
+        if spec is not None:
+            cell_spec = replace(spec, seed=0, profile="paper")
+            runs.setdefault(cell_spec, []).append(flat(record))
     lines = []
     for cell in table.cells:
         rows = pd.DataFrame(runs.get(cell.spec, []))
@@ -133,6 +137,9 @@ def measured(
     if len(frame):
         position = frame.columns.get_loc("std") + 1
         frame.insert(position, "difference", frame["measured"] - frame["published"])
+        columns = pd.Categorical(frame["column"], frame["column"].unique())
+        frame = frame.assign(column=columns).sort_values("column", kind="stable")
+        frame = frame.astype({"column": str}).reset_index(drop=True)
     return frame
 
 
@@ -233,4 +240,5 @@ def plot_histories(axes: Axes, done: Sequence[Record]) -> None:
     axes.set(xlabel="epoch, over all trainings of a method", ylabel="test accuracy (%)")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys())
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4}
+    axes.legend(unique.values(), unique.keys(), **above)
