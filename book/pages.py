@@ -18,6 +18,7 @@ ORDER = (
     "methods",
     "evaluation",
     "profiles",
+    "sources",
     "records",
     "experiments",
     "papers",

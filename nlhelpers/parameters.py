@@ -17,7 +17,15 @@ from nlhelpers import experiments, records, training
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
 
-SPEC_FIELDS = {field.name for field in dataclasses.fields(Spec)}
+SPEC_FIELDS = [
+    field.name for field in dataclasses.fields(Spec) if field.name != "method"
+]
+OTHERS = {
+    "methods": ["cross-entropy"],
+    "num_seeds": 1,
+    "device": "auto",
+    "records_file": "records/runs.jsonl",
+}
 
 
 @dataclass(frozen=True)
@@ -45,46 +53,38 @@ class Parameters:
         return experiments.grid(base, seed=seeds, method=self.methods)
 
 
-def check(
-    *,
-    methods: Iterable[str] = ("cross-entropy",),
-    num_seeds: int = 1,
-    device: str = "auto",
-    records_file: str = "records/runs.jsonl",
-    **values: object,
-) -> Parameters:
+def check(**values: object) -> Parameters:
     """Check the values of a notebook's parameter cell.
 
     Args:
-        methods: a list of names.
-        num_seeds: how many seeds to run, from `seed` on.
-        device: "auto", "cpu" or "cuda".
-        records_file: where to append records.
-        values: fields of `experiments.Spec`.
+        values: every parameter of the notebook by its name: fields of
+            `experiments.Spec`, and of `methods` (a list of names), `num_seeds` (how
+            many seeds to run, from `seed` on), `device` ("auto", "cpu" or "cuda") and
+            `records_file` (where to append records).
 
     Raises:
         ValueError: for a wrong value, or for a name that papermill was given and the
             notebook does not have; the message says what is allowed.
         RecordError: if `records_file` cannot be written.
     """
-    names = {"methods", "num_seeds", "device", "records_file"}
     for name in injected():
-        experiments.known("parameter", name, [*values, *sorted(names)])
+        experiments.known("parameter", name, values)
     for name in values:
-        experiments.known("parameter", name, SPEC_FIELDS)
-    methods = listed("methods", methods)
-    if experiments.natural("num_seeds", num_seeds) == 0:
-        raise ValueError("num_seeds is 0; it must be at least 1")
+        experiments.known("parameter", name, [*SPEC_FIELDS, *OTHERS])
+    others = {name: values.pop(name, default) for name, default in OTHERS.items()}
+    methods = listed("methods", others["methods"])
     for method in methods:
         experiments.known("method", method, METHODS)
-    spec = Spec(method=methods[0], **values)
-    records.check_writable(Path(records_file))
+    if experiments.natural("num_seeds", others["num_seeds"]) == 0:
+        raise ValueError("num_seeds is 0; it must be at least 1")
+    path = Path(others["records_file"])
+    records.check_writable(path)
     return Parameters(
-        spec,
+        Spec(method=methods[0], **values),
         tuple(methods),
-        num_seeds,
-        training.pick_device(device),
-        Path(records_file),
+        others["num_seeds"],
+        training.pick_device(others["device"]),
+        path,
     )
 
 

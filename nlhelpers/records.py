@@ -1,6 +1,5 @@
 """Saved runs: one line of JSON each, appended whole or not at all, with provenance."""
 
-import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -9,16 +8,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nlhelpers import __version__
+from nlhelpers import __version__, sources
 
 Record = dict[str, Any]
+REQUIRED = {"spec", "recipe", "source", "device", "history"}  # in every record
 PACKAGE = Path(__file__).parent
 SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
 
@@ -93,12 +93,12 @@ def _lines(file: Path) -> Iterator[Record]:
         if not line.endswith(b"\n"):
             raise RecordError(_cut_off(file))
         try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise RecordError(
-                f"{file}, line {number} is no record ({error}); delete that line, the "
-                "others are whole"
-            ) from error
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= REQUIRED:
+            raise RecordError(f"{file}, line {number} is no record; delete that line")
+        yield record
 
 
 def _cut_off(file: Path) -> str:
@@ -109,7 +109,7 @@ def _cut_off(file: Path) -> str:
     )
 
 
-def provenance(device: torch.device, sources: str) -> Record:
+def provenance(device: torch.device, source: str) -> Record:
     """Where a record comes from: device, versions, commit and source hash."""
     packages = ("torch", "torchvision", "numpy", "scikit-learn")
     versions = {package: importlib.metadata.version(package) for package in packages}
@@ -120,7 +120,7 @@ def provenance(device: torch.device, sources: str) -> Record:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": versions,
         "commit": commit(),
-        "source": sources,
+        "source": source,
     }
 
 
@@ -166,58 +166,8 @@ def source_hash(*modules: str) -> str:
     better sentence.
     """
     digest = hashlib.sha256()
-    for path in imported(*(module_path(module) for module in modules)):
+    found = sources.closure(modules, PACKAGE.parent, inits=False)
+    for path in sorted(found.values()):
         digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(code(path.read_text()).encode())
+        digest.update(sources.code(path.read_text()).encode())
     return digest.hexdigest()[:12]
-
-
-def module_path(module: str) -> Path:
-    """File of a module of this package: "nlhelpers.noise" -> nlhelpers/noise.py."""
-    path = PACKAGE.joinpath(*module.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def imported(*files: Path) -> list[Path]:
-    """These files and all files of the package that they import, sorted."""
-    found: set[Path] = set()
-    todo = list(files)
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += (module_path(m) for m in imports(path.read_text()))
-    return sorted(found)
-
-
-def imports(source: str) -> Iterable[str]:
-    """Modules of this package that a source names in an import, wherever it stands."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            # A package's __init__ only lists names: all methods, not those in use.
-            if not name.startswith("nlhelpers."):
-                continue
-            path = module_path(name)
-            if path.exists() and path.name != "__init__.py":
-                yield name
-
-
-def code(source: str) -> str:
-    """A source without comments, docstrings and empty lines."""
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text and isinstance(node.value.value, str):
-            for number in range(node.lineno - 1, node.end_lineno):
-                lines[number] = ""
-    kept = (line.split("  # ")[0].rstrip() for line in lines)
-    return "\n".join(
-        line for line in kept if line and not line.lstrip().startswith("#")
-    )

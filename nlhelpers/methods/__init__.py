@@ -9,9 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nlhelpers.methods.cross_entropy import cross_entropy
-from nlhelpers.methods.improved_baseline import improved_baseline
-from nlhelpers.methods.two_stage import two_stage
+from nlhelpers.methods import cross_entropy, improved_baseline, two_stage
 from nlhelpers.training import Event
 
 
@@ -39,9 +37,11 @@ class Method:
 
 
 METHODS = {
-    "cross-entropy": Method(cross_entropy, "cross-entropy"),
-    "improved-baseline": Method(improved_baseline, "improved baseline", trainings=2),
+    "cross-entropy": Method(cross_entropy.cross_entropy, "cross-entropy"),
+    "improved-baseline": Method(
+        improved_baseline.improved_baseline, "improved baseline", trainings=2
+    ),
     "two-stage": Method(
-        two_stage, "two-stage (ours)", trainings=2, uses_clean_set=True
+        two_stage.two_stage, "two-stage (ours)", trainings=2, uses_clean_set=True
     ),
 }

@@ -1,0 +1,118 @@
+"""Which modules of this package a source imports, read without running any.
+
+The build of the book asks so that it reruns what a change concerns; a record's source
+hash asks so that it covers the code behind a number. Nothing heavy is imported here.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "nlhelpers"
+
+# A module that imports by computed names may import all of its own package.
+DYNAMIC = {"import_module", "__import__", "iter_modules", "walk_packages"}
+
+
+def closure(wanted: Iterable[str], top: Path, *, inits: bool = True) -> dict[str, Path]:
+    """The modules that importing `wanted` loads, with their files.
+
+    Names outside the package, and names that are not modules, fall away.
+
+    Args:
+        wanted: Dotted names.
+        top: The folder that holds the package.
+        inits: Whether to follow the ``__init__`` of the packages above a module, which
+            Python runs too. They list what all methods import, not what one uses.
+    """
+    found: dict[str, Path] = {}
+    todo = list(wanted)
+    while todo:
+        name = todo.pop()
+        if name in found or name.split(".")[0] != PACKAGE:
+            continue
+        if "." in name:
+            todo.append(name.rpartition(".")[0])
+        path = module_file(name, top)
+        if path is not None and (inits or path.name != "__init__.py"):
+            found[name] = path
+            todo += module_imports(name, path, top, path.stat().st_mtime_ns)
+    return found
+
+
+def module_file(name: str, top: Path) -> Path | None:
+    """The file of a dotted module name; None if there is no such module."""
+    base = top.joinpath(*name.split("."))
+    candidates = (base / "__init__.py", base.with_name(f"{base.name}.py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def modules_below(name: str, top: Path) -> Iterator[str]:
+    """Names of a package and of all modules inside it."""
+    folder = top.joinpath(*name.split("."))
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(top).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def module_imports(name: str, path: Path, top: Path, mtime: int) -> list[str]:
+    """What a module may import; `mtime` only marks the version that was read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    names = list(imported(tree, package))
+    if DYNAMIC & {name_of(node) for node in ast.walk(tree)}:
+        names += modules_below(package, top)
+    return names
+
+
+def name_of(node: ast.AST) -> str | None:
+    """The identifier that a node uses, if any."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+            return name
+    return None
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names that the import statements of a tree may load, at any depth.
+
+    Args:
+        tree: Parsed source.
+        package: The package that relative imports start from.
+
+    Yields:
+        For ``import a.b``: ``a.b``. For ``from a import b``: ``a`` and ``a.b``, because
+        ``b`` may be a module.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def absolute(node: ast.ImportFrom, package: str) -> str:
+    """The dotted name that a ``from … import`` starts from."""
+    if not node.level:
+        return node.module or ""
+    parts = package.split(".")
+    parts = parts[: len(parts) - node.level + 1]
+    return ".".join([*parts, node.module] if node.module else parts)
+
+
+def code(source: str) -> str:
+    """A source without comments, docstrings and empty lines."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text and isinstance(node.value.value, str):
+            for number in range(node.lineno - 1, node.end_lineno):
+                lines[number] = ""
+    kept = (line.split("  # ")[0].rstrip() for line in lines)
+    return "\n".join(
+        line for line in kept if line and not line.lstrip().startswith("#")
+    )
