@@ -256,8 +256,8 @@ def is_current(record: Record) -> bool:
     spec = spec_of(record)
     return (
         spec is not None
-        and record["source"] == source(spec.method)
-        and record["recipe"] == dataclasses.asdict(spec.recipe)
+        and record.get("source") == source(spec.method)
+        and record.get("recipe") == dataclasses.asdict(spec.recipe)
     )
 
 

@@ -1,5 +1,6 @@
 """Saved runs: one line of JSON each, appended whole or not at all, with provenance."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,7 +19,6 @@ import torch
 from nlhelpers import __version__, sources
 
 Record = dict[str, Any]
-REQUIRED = {"spec", "recipe", "source", "device", "history"}  # in every record
 PACKAGE = Path(__file__).parent
 SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
 
@@ -53,7 +53,8 @@ def append(path: Path, record: Record) -> None:
                 raise OSError(None, "no space left for the whole record")
             os.fsync(file)
         except OSError as error:
-            os.ftruncate(file, before)
+            with contextlib.suppress(OSError):  # a device has no length to restore
+                os.ftruncate(file, before)
             message = f"cannot write records to {path}: {error.strerror}"
             raise RecordError(message) from error
     finally:
@@ -63,17 +64,14 @@ def append(path: Path, record: Record) -> None:
 def check_writable(path: Path) -> None:
     """Raise RecordError now, not after hours of training, if nothing can be written."""
     path = Path(path)
-    existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
+        with path.open("ab"):  # leaves an empty file where there was none
             pass
     except OSError as error:
         raise RecordError(
             f"cannot write records to {path}: {error.strerror}"
         ) from error
-    if not existed:
-        path.unlink()
 
 
 def read(path: Path) -> list[Record]:
@@ -88,7 +86,10 @@ def read(path: Path) -> list[Record]:
 
 
 def _lines(file: Path) -> Iterator[Record]:
-    text = file.read_bytes()
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read records of {file}: {error.strerror}") from error
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             raise RecordError(_cut_off(file))
@@ -96,7 +97,7 @@ def _lines(file: Path) -> Iterator[Record]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not record.keys() >= REQUIRED:
+        if not isinstance(record, dict) or "spec" not in record:
             raise RecordError(f"{file}, line {number} is no record; delete that line")
         yield record
 

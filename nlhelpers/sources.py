@@ -5,6 +5,8 @@ hash asks so that it covers the code behind a number. Nothing heavy is imported 
 """
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -105,14 +107,34 @@ def absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def code(source: str) -> str:
-    """A source without comments, docstrings and empty lines."""
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text and isinstance(node.value.value, str):
-            for number in range(node.lineno - 1, node.end_lineno):
-                lines[number] = ""
-    kept = (line.split("  # ")[0].rstrip() for line in lines)
-    return "\n".join(
-        line for line in kept if line and not line.lstrip().startswith("#")
+    """A source without comments, docstrings and the empty lines outside of strings."""
+    lines = source.split("\n")
+    in_string: set[int] = set()  # numbers of lines that begin inside a string
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    nodes = list(ast.walk(ast.parse(source)))
+    docstrings = [node for node in nodes if is_docstring(node)]
+    texts = {id(node.value) for node in docstrings}
+    for node in docstrings:
+        first, last = node.lineno - 1, node.end_lineno - 1
+        # Columns of a syntax tree count bytes.
+        start = lines[first].encode()[: node.col_offset].decode()
+        end = lines[last].encode()[node.end_col_offset :].decode()
+        lines[first : last + 1] = [start + end, *[""] * (last - first)]
+    for node in nodes:
+        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in texts:
+            in_string |= set(range(node.lineno + 1, node.end_lineno + 1))
+    kept = (
+        line if number in in_string else line.rstrip()
+        for number, line in enumerate(lines, start=1)
+        if line.strip() or number in in_string
     )
+    return "\n".join(kept)
+
+
+def is_docstring(node: ast.AST) -> bool:
+    """Whether a node is a statement that is nothing but a string."""
+    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_text and isinstance(node.value.value, str)
