@@ -11,6 +11,7 @@ from nlhelpers import data, experiments, profiles, records, report
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
+from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
 from nlhelpers.training import DivergenceError, pick_device
 
@@ -83,7 +84,13 @@ def specs(options: argparse.Namespace) -> list[Spec]:
         experiments.known("profile", options.profile, profiles.PROFILES)
         table = TABLES[options.table]
         found = table.specs(options.dataset, options.profile, options.seeds)
-        return [spec for spec in found if chosen(spec, options)]
+        check_choice(options)
+        runs = [spec for spec in found if chosen(spec, options)]
+        if not runs:
+            raise ValueError(
+                f"{options.table} has no run with these methods, noises and rates"
+            )
+        return runs
     base = {
         "dataset": options.dataset,
         "profile": options.profile,
@@ -100,6 +107,20 @@ def specs(options: argparse.Namespace) -> list[Spec]:
         for p in options.noise_rate or [default_rate(noise)]
         for method in options.method or ["cross-entropy"]
     ]
+
+
+def check_choice(options: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be said beside a table's name."""
+    for method in options.method or []:
+        experiments.known("method", method, METHODS)
+    for name in options.noise or []:
+        experiments.known("noise", name, experiments.NOISES)
+    for p in options.noise_rate or []:
+        check_rate(p)
+    fixed = ("model", "num_clean", "transition", "set")
+    for name in (name for name in fixed if getattr(options, name)):
+        option = "--" + name.replace("_", "-")
+        raise ValueError(f"{option} is fixed by the table; leave out one of the two")
 
 
 def default_rate(noise: str) -> float | None:
@@ -131,7 +152,7 @@ def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
     """T from a file of K lines with K comma-separated numbers."""
     try:
         rows = np.loadtxt(path, delimiter=",", ndmin=2)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--transition: {path}: {error}") from error
     return tuple(map(tuple, rows.tolist()))
 

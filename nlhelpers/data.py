@@ -33,6 +33,10 @@ HUMAN_LABELS = {
 }
 
 
+# What readers raise for a file with other content than its name promises.
+UNREADABLE = (LookupError, TypeError, ValueError, RuntimeError, AssertionError)
+
+
 class DataError(RuntimeError):
     """A data file is missing or damaged; the message names it and says what to do."""
 
@@ -224,9 +228,10 @@ def cifar10() -> DataSet:
     """CIFAR-10: 50,000 and 10,000 colour images of 32 x 32 (Krizhevsky 2009)."""
     kind = torchvision.datasets.CIFAR10
     root, folder = data_root(), data_root() / kind.base_folder
-    if not folder.exists():
+    if not any(folder.glob("*")):
         _download(lambda: kind(root, download=True), "cifar-10-batches-py/", root)
-    for name, md5 in [*kind.train_list, *kind.test_list]:
+    names = kind.meta["filename"], kind.meta["md5"]
+    for name, md5 in [*kind.train_list, *kind.test_list, names]:
         _check_file(folder / name, md5)
     train, test = kind(root, train=True), kind(root, train=False)
     return DataSet(
@@ -266,20 +271,21 @@ def human_labels(noise_name: str, true_labels: Tensor) -> Tensor:
     try:
         with torch.serialization.safe_globals(allowed):
             arrays = torch.load(path, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        clean, given = arrays["clean_label"], arrays[HUMAN_LABELS[noise_name]]
+    except (*UNREADABLE, OSError, EOFError, pickle.UnpicklingError) as error:
         raise _damaged(path) from error
-    if not np.array_equal(arrays["clean_label"], true_labels.numpy()):
+    if not np.array_equal(clean, true_labels.numpy()):
         raise DataError(
             f"{path}: its clean labels are not CIFAR-10's in torchvision's order "
             "(the TensorFlow release is ordered differently)"
         )
-    return torch.from_numpy(arrays[HUMAN_LABELS[noise_name]]).long()
+    return torch.from_numpy(given).long()
 
 
 def _idx(kind: type, class_names: tuple[str, ...]) -> DataSet:
     """Read one of torchvision's four-file data sets in the MNIST format."""
     root, folder = data_root(), data_root() / kind.__name__ / "raw"
-    if not folder.exists():
+    if not any(folder.glob("*")):
         _download(lambda: kind(root, download=True), f"{kind.__name__}/raw/", root)
     parts = []
     for stem in ("train", "t10k"):
@@ -291,7 +297,7 @@ def _idx(kind: type, class_names: tuple[str, ...]) -> DataSet:
             _check_file(path)
             try:
                 parts.append(read(path))
-            except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            except UNREADABLE as error:
                 raise _damaged(path) from error
     images, labels, test_images, test_labels = parts
     return DataSet(

@@ -67,10 +67,7 @@ class Spec:
         self._set("seed", natural("seed", self.seed))
         self._set("num_clean", natural("num_clean", self.num_clean))
         self._check_noise()
-        settings = dict(self.settings)
-        for name in settings:
-            known(f"setting of {self.method}", name, METHODS[self.method].settings)
-        self._set("settings", tuple(sorted(settings.items())))
+        self._set("settings", self._checked_settings())
         if self.num_clean and not METHODS[self.method].uses_clean_set:
             able = [name for name, method in METHODS.items() if method.uses_clean_set]
             raise ValueError(
@@ -104,8 +101,30 @@ class Spec:
                 f"{self.noise!r}, transition is {self.transition!r}"
             )
         if self.transition is not None:
-            rows = noise.check_transition(torch.tensor(self.transition)).tolist()
+            try:
+                rows = torch.tensor(self.transition, dtype=torch.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"transition is {self.transition!r}; it must be K rows of K numbers"
+                ) from error
+            rows = noise.check_transition(rows).tolist()
             self._set("transition", tuple(tuple(row) for row in rows))
+
+    def _checked_settings(self) -> tuple[tuple[str, object], ...]:
+        try:
+            settings = dict(self.settings)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"settings is {self.settings!r}; it must be a mapping or pairs"
+            ) from None
+        defaults = METHODS[self.method].settings
+        for name, value in settings.items():
+            known(f"setting of {self.method}", name, defaults)
+            kinds = kinds_like(defaults[name])
+            if type(value) not in kinds:
+                choice = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} is {value!r}; it must be of type {choice}")
+        return tuple(sorted(settings.items()))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -136,9 +155,17 @@ def known(what: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}; {hint}Allowed: {choice}")
 
 
+def kinds_like(default: object) -> tuple[type, ...]:
+    """Types that may stand in place of a default; None stands for a number."""
+    if default is None:
+        return float, int, type(None)
+    return (float, int) if isinstance(default, float) else (type(default),)
+
+
 def natural(what: str, value: object) -> int:
     """Return a whole number of 0 or more, or raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not 0 <= value < 2**63:
         raise ValueError(f"{what} is {value!r}; it must be a whole number of 0 or more")
     return value
 
@@ -163,7 +190,8 @@ def transition_of(spec: Spec, num_classes: int) -> Tensor | None:
         case "pair-flip":
             return noise.pair_flip(spec.noise_rate, num_classes)
         case "given":
-            return noise.check_transition(torch.tensor(spec.transition), num_classes)
+            rows = torch.tensor(spec.transition, dtype=torch.float64)
+            return noise.check_transition(rows, num_classes)
         case name if name in noise.PATHS:
             paths = noise.PATHS[name][spec.dataset]
             return noise.asymmetric(spec.noise_rate, paths, num_classes)
@@ -292,10 +320,11 @@ def run_all(
     specs = list(specs)
     started = time.perf_counter()
     done = recorded(path)
-    todo = [spec for spec in specs if spec not in done]
+    todo = list(dict.fromkeys(spec for spec in specs if spec not in done))
     records.check_writable(path)
     epochs = sum(METHODS[s.method].trainings * s.recipe.epochs for s in todo)
-    print(f"{len(specs) - len(todo)} of {len(specs)} runs are recorded in {path}")
+    count = len(set(specs))
+    print(f"{count - len(todo)} of {count} runs are recorded in {path}")
     with tqdm(total=epochs, unit="epoch", disable=not todo) as bar:
         for spec in todo:
             if time_budget is not None and time.perf_counter() - started > time_budget:

@@ -62,7 +62,7 @@ def check_transition(transition: Tensor, num_classes: int | None = None) -> Tens
             f"{num_classes}"
         )
     bad = ~((transition >= 0) & (transition <= 1)).all(dim=1)
-    bad |= ~torch.isclose(transition.sum(dim=1), torch.ones(()).double(), atol=1e-6)
+    bad |= ~((transition.sum(dim=1) - 1).abs() <= 1e-6)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -128,7 +128,8 @@ def corrupt(labels: Tensor, transition: Tensor, generator: torch.Generator) -> T
     """
     transition = check_transition(transition)
     labels = check_labels(labels, len(transition))
-    cumulative = transition.cumsum(dim=1)[:, :-1]  # the last bound is 1 by definition
+    cumulative = transition.cumsum(dim=1)
+    cumulative = (cumulative / cumulative[:, -1:])[:, :-1]  # of a sum of exactly 1
     uniform = torch.rand(len(labels), 1, generator=generator, dtype=torch.float64)
     return (uniform >= cumulative[labels]).sum(dim=1)
 

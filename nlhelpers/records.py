@@ -18,6 +18,15 @@ import torch
 
 from nlhelpers import __version__, sources
 
+try:
+    from fcntl import LOCK_EX, LOCK_SH, flock
+except ImportError:  # Windows has no such locks: there, one process at a time
+    LOCK_EX = LOCK_SH = 0
+
+    def flock(file: int, kind: int) -> None:
+        """Do nothing."""
+
+
 Record = dict[str, Any]
 PACKAGE = Path(__file__).parent
 SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
@@ -44,11 +53,11 @@ def append(path: Path, record: Record) -> None:
             f"cannot write records to {path}: {error.strerror}"
         ) from error
     try:
+        flock(file, LOCK_EX)  # until the file is closed; others wait for their turn
         before = os.fstat(file).st_size
         if before and os.pread(file, 1, before - 1) != b"\n":
             raise RecordError(_cut_off(path))
         try:
-            # A single write: other processes' lines come before or after, not between.
             if os.write(file, line) != len(line):
                 raise OSError(None, "no space left for the whole record")
             os.fsync(file)
@@ -87,7 +96,9 @@ def read(path: Path) -> list[Record]:
 
 def _lines(file: Path) -> Iterator[Record]:
     try:
-        text = file.read_bytes()
+        with file.open("rb") as stream:
+            flock(stream.fileno(), LOCK_SH)  # no line is half written
+            text = stream.read()
     except OSError as error:
         raise RecordError(f"cannot read records of {file}: {error.strerror}") from error
     for number, line in enumerate(text.splitlines(keepends=True), start=1):

@@ -65,6 +65,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
         "seconds": ("seconds", "mean"),
     }
     by = ["method", "settings", "dataset", "noise", "rate", "profile", "device"]
+    by += ["model", "num_clean", "transition"]
     if not done:
         return pd.DataFrame(columns=[*by, *columns])
     rows = pd.DataFrame([flat(record) for record in done])
@@ -80,6 +81,9 @@ def flat(record: Record) -> Record:
     return {
         **{k: spec[k] for k in ("method", "dataset", "noise", "seed", "profile")},
         "rate": spec["noise_rate"],
+        "model": spec["model"],
+        "num_clean": spec["num_clean"],
+        "transition": str(spec["transition"]),
         "settings": settings,
         "realised_rate": 100 * record["realised_rate"],
         "last_accuracy": 100 * record["last_accuracy"],

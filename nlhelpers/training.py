@@ -175,7 +175,7 @@ def fit(
 
 def mean_loss(losses: list[Tensor], stage: str, epoch: int) -> float:
     """Mean of an epoch's losses; stops the run at the first that is not finite."""
-    values = torch.stack(losses).float()
+    values = torch.stack(losses).double()  # whose mean does not overflow
     bad = ~values.isfinite()
     if bad.any():
         step = int(bad.nonzero()[0])
@@ -364,11 +364,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 
     Initial weights, dropout and noise layers draw from torch's own state, which
     compiled graphs need; batches and augmentation draw from the generator this gives.
+    The two have streams of their own, and neither is that of a generator with `seed`.
     """
+    seeder = torch.Generator().manual_seed(seed)
+    own, given = torch.randint(2**62, (2,), generator=seeder).tolist()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield torch.Generator(device=device).manual_seed(seed)
+        torch.manual_seed(own)
+        yield torch.Generator(device=device).manual_seed(given)
 
 
 def pick_device(name: str = "auto") -> torch.device:

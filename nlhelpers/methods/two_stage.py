@@ -61,6 +61,9 @@ def two_stage(
     check_shares(**shares, dropout=dropout)
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay!r}; it must be in [0, 1)")
+    for name, value in {"alpha": alpha, "noise_std": noise_std}.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}; it must be 0 or more")
     if consistency not in LARGEST:
         raise ValueError(
             f"consistency is {consistency!r}; allowed are 'temporal' and 'pi'"
