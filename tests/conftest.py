@@ -1,0 +1,67 @@
+"""What every test relies on: no network, and small data to train on."""
+
+import socket
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+from nlhelpers import experiments, training
+from nlhelpers.experiments import Spec
+from nlhelpers.training import Recipe, Setup
+
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Only this machine can be reached: a test that downloads something fails."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in LOCAL:
+            raise URLError(f"tests have no network, so not {address}")
+        return connect(self, address)
+
+    def refuse(*args, **kwargs):
+        raise URLError("tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
+    for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+
+
+@pytest.fixture
+def cpu():
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def prepared(cpu):
+    """Digits with asymmetric noise, as a method sees them, and their truth."""
+    spec = Spec(noise="asymmetric", noise_rate=0.4, profile="smoke")
+    return experiments.prepare(spec, cpu)
+
+
+@pytest.fixture
+def make_setup(cpu):
+    """A setup of a few short epochs; keywords change the recipe."""
+
+    def make(seed=0, **changes):
+        recipe = Recipe(**{"epochs": 2, "batch_size": 32} | changes)
+        return Setup("mlp", recipe, torch.Generator(cpu).manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def seeded(cpu):
+    """Everything drawn in the test depends on seed 0."""
+    with training.seeded(0, cpu) as generator:
+        yield generator

@@ -1,0 +1,261 @@
+"""The command line: exit codes, one line of error, the same runs as the notebooks."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlhelpers import data, experiments, losses, records, report
+from nlhelpers.__main__ import main
+from nlhelpers.experiments import Spec
+from nlhelpers.methods import METHODS
+from nlhelpers.papers import TABLES
+from nlhelpers.papers.table import Cell, Table
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "runs.jsonl"
+
+
+@pytest.fixture
+def run(path):
+    """Run a command with the smoke profile; returns the exit status."""
+
+    def run(*words, command="run"):
+        options = ["--profile", "smoke", "--records", str(path)]
+        return main([command, *words, *options])
+
+    return run
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table with two runs on digits and a number that nothing measures."""
+    specs = [Spec(name, noise_rate=0.2) for name in ("cross-entropy", "two-stage")]
+    cells = [Cell(spec.method, "digits", 90.0, spec=spec) for spec in specs]
+    table = Table("key2020", "Table 1", "", (*cells, Cell("other", "digits", 80.0)))
+    monkeypatch.setitem(TABLES, "key2020-table1", table)
+
+
+def specs_in(path):
+    return [Spec(**record["spec"]) for record in records.read(path)]
+
+
+def test_a_run_is_stored_and_printed(run, path, capsys):
+    words = ("--method", "two-stage", "--noise", "asymmetric", "--noise-rate", "0.4")
+    assert run(*words, "--set", "threshold=0.8", "consistency=pi") == 0
+    (spec,) = specs_in(path)
+    assert spec == Spec(
+        "two-stage",
+        noise="asymmetric",
+        noise_rate=0.4,
+        profile="smoke",
+        settings={"threshold": 0.8, "consistency": "pi"},
+    )
+    printed = capsys.readouterr()
+    assert "two-stage" in printed.out
+    assert "0 of 1 runs are recorded" in printed.out
+    assert "epoch" in printed.err  # the progress bar
+
+
+def test_a_grid_skips_what_is_recorded(run, path, capsys):
+    words = ("--method", "cross-entropy", "improved-baseline", "--seeds", "0", "1")
+    assert run(*words) == 0
+    before = path.read_bytes()
+    assert len(specs_in(path)) == 4
+    assert run(*words, "2") == 0
+    assert path.read_bytes().startswith(before)
+    assert len(specs_in(path)) == 6
+    assert "4 of 6 runs are recorded" in capsys.readouterr().out
+
+
+def test_a_table_by_name(run, path, table):
+    assert run("key2020-table1") == 0
+    assert [spec.method for spec in specs_in(path)] == ["cross-entropy", "two-stage"]
+
+
+def test_part_of_a_table(run, path, table):
+    assert run("key2020-table1", "--method", "two-stage", "--seeds", "0", "1") == 0
+    assert [(s.method, s.seed) for s in specs_in(path)] == [
+        ("two-stage", 0),
+        ("two-stage", 1),
+    ]
+
+
+def test_clean_images_and_another_model(run, path):
+    assert run("--method", "two-stage", "--num-clean", "50", "--model", "mlp") == 0
+    (spec,) = specs_in(path)
+    assert spec.num_clean == 50
+
+
+def test_a_given_transition(run, path, tmp_path):
+    file = tmp_path / "T.csv"
+    rows = 0.9 * torch.eye(10, dtype=torch.float64) + 0.01
+    file.write_text("\n".join(",".join(map(str, row)) for row in rows.tolist()))
+    assert run("--noise", "given", "--transition", str(file)) == 0
+    (record,) = records.read(path)
+    found = torch.tensor(record["spec"]["transition"])
+    torch.testing.assert_close(found, rows.float())
+    assert 0.03 < record["realised_rate"] < 0.18  # 0.09 in the mean
+
+
+def test_no_time_no_run(run, path, capsys):
+    assert run("--time-budget", "0") == 0
+    assert records.read(path) == []
+    assert "time budget is spent" in "".join(capsys.readouterr())
+
+
+# ---------------------------------------------------------------- show, list
+
+
+def test_show_prints_what_is_recorded_and_trains_nothing(run, monkeypatch, capsys):
+    assert run("--noise-rate", "0.1") == 0
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: pytest.fail("trained"))
+    capsys.readouterr()
+    assert run("--noise-rate", "0.1", command="show") == 0
+    assert "cross-entropy" in capsys.readouterr().out
+    assert run("--noise-rate", "0.3", command="show") == 0
+    assert "cross-entropy" not in capsys.readouterr().out
+
+
+def test_show_without_a_file_makes_none(run, path):
+    assert run(command="show") == 0
+    assert not path.exists()
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, path):
+    for words in ((), ("--num-clean", "50"), ("--model", "resnet14")):
+        assert run("--method", "two-stage", *words) == 0
+    assert len(report.summary(records.read(path))) == 3
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    names = [*METHODS, *data.DATASETS, *experiments.NOISES, *TABLES]
+    assert [name for name in names if name not in printed] == []
+    assert "threshold=0.9" in printed
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "two-stag"], "did you mean 'two-stage'"),
+        (["--dataset", "cifar-10"], "did you mean 'cifar10'"),
+        (["--noise", "symetric"], "did you mean 'symmetric'"),
+        (["--noise-rate", "1.2"], "noise_rate is 1.2"),
+        (["--noise-rate", "none"], "noise_rate is None"),
+        (["--seeds", "-1"], "seed is -1"),
+        (["--model", "resnet-50"], "did you mean 'resnet50'"),
+        (["--model", "resnet50"], "takes 3 channels, but the images have 1"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--num-clean", "5"], "no use for a clean set"),
+        (["--method", "two-stage", "--num-clean", "9999"], "num_clean is 9999"),
+        (["--set", "alpha"], "--set takes NAME=VALUE, not 'alpha'"),
+        (["--method", "two-stage", "--set", "alpa=1"], "did you mean 'alpha'"),
+        (["--method", "two-stage", "--set", "alpha=[1]"], "alpha"),
+        (["--method", "two-stage", "--set", "threshold=high"], "threshold is 'high'"),
+        (["--transition", "none.csv", "--noise", "given"], "--transition: none.csv"),
+        (["--noise", "given"], "'given' belong together"),
+        (["ding2018-table4"], "did you mean 'ding2018-table"),
+        (["ding2018-table3"], "no runs on 'digits'; it has on cifar10, mnist"),
+        (["ding2018-table3", "--dataset", "mnits"], "did you mean 'mnist'"),
+        # What a table leaves no room for is not passed over in silence.
+        (["key2020-table1", "--method", "two-stag"], "did you mean 'two-stage'"),
+        (["key2020-table1", "--noise", "symetric"], "did you mean 'symmetric'"),
+        (["key2020-table1", "--noise-rate", "1.2"], "noise_rate is 1.2"),
+        (["key2020-table1", "--noise-rate", "0.7"], "no run"),
+        (["key2020-table1", "--num-clean", "10"], "--num-clean"),
+        (["key2020-table1", "--set", "alpha=1"], "--set"),
+        (["key2020-table1", "--model", "resnet14"], "--model"),
+    ],
+)
+def test_one_clear_error(run, path, table, words, message, capsys):
+    records.append(path, {"spec": {"method": "by other code"}})
+    before = path.read_bytes()
+    assert run(*words) == 1
+    printed = capsys.readouterr()
+    error = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert "Traceback" not in printed.err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0.5,0.4\n0.5,0.5", "row 0 is [0.5, 0.4] (sum 0.9)"),
+        ("1,0\n0,1", "for 2 classes, but the data have 10"),
+        ("1,0\n1", "T.csv"),
+        ("a,b\nc,d", "T.csv"),
+    ],
+)
+def test_a_transition_that_is_none(run, tmp_path, content, message, capsys):
+    file = tmp_path / "T.csv"
+    file.write_text(content)
+    assert run("--noise", "given", "--transition", str(file)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_missing_data_is_one_error(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path / "data"))
+    experiments.load.cache_clear()
+    assert run("--dataset", "mnist") == 1
+    assert "is missing and could not be downloaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ['{"spec": {}, "cut', "{broken}\n", "{}\n"], ids=["cut", "broken", "{}"]
+)
+def test_damaged_records_are_one_error_and_stay(run, path, content, capsys):
+    path.parent.mkdir()
+    path.write_text(content)
+    for command in ("run", "show"):
+        assert run(command=command) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: {path}, line 1 ")
+        assert len(printed.splitlines()) == 1
+    assert path.read_text() == content
+
+
+def test_records_under_a_file_are_one_error(run, path, capsys):
+    path.parent.write_text("a file")
+    assert run() == 1
+    assert f"cannot write records to {path}" in capsys.readouterr().err
+
+
+def test_divergence_is_one_error_and_leaves_the_records(run, path, monkeypatch, capsys):
+    assert run() == 0
+    before = path.read_bytes()
+    monkeypatch.setattr(losses, "consistency", lambda z1, z2: z1.sum(1) * math.nan)
+    assert run("--method", "two-stage") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss is nan at epoch 1, step 1 of")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["walk"], ["run", "--speed", "3"], ["run", "--noise-rate", "x"]]
+)
+def test_usage_is_exit_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: python -m nlhelpers" in capsys.readouterr().err
+
+
+def test_exit_status_of_the_program(tmp_path):
+    top = Path(records.__file__).parent.parent
+    call = [sys.executable, "-m", "nlhelpers", "run", "--noise-rate", "2"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=top)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: noise_rate is 2.0")
+    assert done.stdout == ""

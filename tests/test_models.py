@@ -1,0 +1,201 @@
+"""Networks: parameter counts by formula, a plain forward pass, noise while training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nlhelpers import models, training
+
+
+def some_images(channels=3, size=32, count=6):
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, channels, size, size)
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def resnet_size(channels, num_classes, n):
+    """Weights of He et al.'s CIFAR network: 3x3 kernels, 2 per batch-norm channel."""
+    total = 9 * channels * 16 + 2 * 16
+    for inputs, width in ((16, 16), (16, 32), (32, 64)):
+        total += 9 * inputs * width + (2 * n - 1) * 9 * width * width
+        total += 2 * n * 2 * width
+    return total + 64 * num_classes + num_classes
+
+
+# ---------------------------------------------------------------- sizes and shapes
+
+
+def test_resnet_has_as_many_parameters_as_he_et_al_print():
+    twenty = count(models.ResNet(3, 10, n=3))
+    assert twenty == resnet_size(3, 10, 3)
+    assert round(twenty / 1e6, 2) == 0.27  # He et al. (2016), Table 6
+    assert round(count(models.ResNet(3, 10, n=5)) / 1e6, 2) == 0.46
+    assert count(models.ResNet(1, 4)) == resnet_size(1, 4, 2)
+
+
+def test_resnet14_has_14_layers_with_weights():
+    layers = models.build("resnet14", some_images(), 10).body.modules()
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    assert sum(isinstance(layer, kinds) for layer in layers) == 14
+
+
+def test_mlp_size():
+    network = models.build("mlp", some_images(1, 28), 10)
+    assert count(network) == 784 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet14"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
+def test_bytes_in_logits_out(name, channels, size):
+    images = some_images(channels, size)
+    before = images.clone()
+    logits = models.build(name, images, 7)(images)
+    assert logits.shape == (6, 7)
+    assert logits.dtype == torch.float32
+    assert torch.equal(images, before)
+
+
+def test_resnet50_builds():
+    images = some_images(count=2)
+    network = models.build("resnet50", images, 10).eval()
+    # Torchvision's 25,557,032 with 10 instead of 1000 outputs.
+    assert count(network) == 25_557_032 - 990 * (2048 + 1)
+    assert network(images).shape == (2, 10)
+    with pytest.raises(ValueError, match="3 channels, but the images have 1"):
+        models.build("resnet50", some_images(1), 10)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def batch_norm(x, state, name):
+    mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def plain_resnet(state, x):
+    """14 layers in evaluation mode, written out."""
+    x = F.relu(batch_norm(F.conv2d(x, state["0.weight"], padding=1), state, "1"))
+    for unit in range(3, 9):
+        stride = 2 if unit in (5, 7) else 1
+        y = F.conv2d(x, state[f"{unit}.conv1.weight"], stride=stride, padding=1)
+        y = F.relu(batch_norm(y, state, f"{unit}.norm1"))
+        y = F.conv2d(y, state[f"{unit}.conv2.weight"], padding=1)
+        y = batch_norm(y, state, f"{unit}.norm2")
+        shortcut = torch.zeros_like(y)
+        shortcut[:, : x.shape[1]] = x[:, :, ::stride, ::stride]
+        x = F.relu(y + shortcut)
+    return x.mean((2, 3)) @ state["11.weight"].T + state["11.bias"]
+
+
+def test_resnet_against_a_plain_one(seeded):
+    images = some_images(3, 16)
+    network = models.build("resnet14", images, 5)
+    for _ in range(3):  # batch norm shall have means of its own
+        network(images)
+    state = network.body.state_dict()
+    x = (images.float() - images.float().mean(0)) / 255
+    found = network.eval()(images)
+    torch.testing.assert_close(found, plain_resnet(state, x), rtol=1e-4, atol=1e-4)
+
+
+def test_mlp_against_a_plain_one(seeded):
+    images = some_images(1, 8)
+    network = models.build("mlp", images, 5).eval()
+    x = ((images.float() - images.float().mean(0)) / 255).flatten(1)
+    for layer in (1, 4):
+        weights = network.body[layer]
+        x = (x @ weights.weight.T + weights.bias).clamp(min=0)
+    x = x @ network.body[7].weight.T + network.body[7].bias
+    torch.testing.assert_close(network(images), x)
+
+
+def test_pixel_mean_in_pieces():
+    images = some_images(3, 4, count=21)
+    found = models.pixel_mean(images, chunk=8)
+    torch.testing.assert_close(found, images.float().mean(0))
+    bright = torch.full((300, 1, 2, 2), 255, dtype=torch.uint8)
+    assert (models.pixel_mean(bright) == 255).all()
+
+
+def test_weights_are_he_normal(seeded):
+    network = models.ResNet(3, 10)
+    mlp = models.MLP(784, 10)
+    for layer in (network[5].conv2, network[8].conv1, mlp[1], mlp[4]):
+        weight = layer.weight
+        fan_in = weight[0].numel()
+        assert weight.mean().abs() < 5 * (2 / fan_in / weight.numel()) ** 0.5
+        assert weight.var().item() == pytest.approx(2 / fan_in, rel=0.05)
+    assert (mlp[1].bias == 0).all()
+    assert (network[-1].bias == 0).all()
+
+
+# ---------------------------------------------------------------- noise and dropout
+
+
+def test_gaussian_noise_has_the_asked_spread_while_training_only(seeded):
+    layer = models.GaussianNoise(0.15)
+    x = torch.full((100_000,), 0.5)
+    drawn = layer(x) - x
+    assert drawn.std().item() == pytest.approx(0.15, rel=0.02)
+    assert abs(drawn.mean().item()) < 4 * 0.15 / len(x) ** 0.5
+    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(models.GaussianNoise(0.0)(x), x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet14"])
+@pytest.mark.parametrize(
+    "perturbation", [{"noise_std": 0.3, "dropout": 0.0}, {"dropout": 0.5}]
+)
+def test_perturbed_while_training_only(name, perturbation, seeded):
+    images = some_images(1, 8)
+    network = models.build(name, images, 4, **perturbation)
+    assert not torch.equal(network(images), network(images))
+    network.eval()
+    assert torch.equal(network(images), network(images))
+
+
+def test_default_dropout_is_the_networks_own():
+    def rates(network):
+        kinds = (m.p for m in network.modules() if isinstance(m, torch.nn.Dropout))
+        return set(kinds)
+
+    images = some_images()
+    assert rates(models.build("mlp", images, 4)) == {0.2}
+    assert rates(models.build("resnet14", images, 4)) == {0.0}
+    assert rates(models.build("mlp", images, 4, dropout=0.0)) == {0.0}
+    assert rates(models.build("resnet14", images, 4, dropout=0.3)) == {0.3}
+
+
+def test_dropout_acts_between_the_convolutions_of_a_unit(seeded):
+    unit = models.ResidualUnit(4, 4, 1, dropout=0.5)
+    inputs = []
+    unit.conv2.register_forward_hook(lambda layer, x, y: inputs.append(x[0]))
+    unit(torch.rand(8, 4, 6, 6))
+    unit.dropout.p = 0.0
+    unit(torch.rand(8, 4, 6, 6))
+    dropped, whole = ((x == 0).double().mean().item() for x in inputs)
+    assert dropped > whole + 0.15
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_weights_move_between_a_perturbed_and_a_plain_network(name, seeded):
+    images = some_images(count=2)
+    plain = models.build(name, images, 4)
+    perturbed = models.build(name, images, 4, noise_std=0.15, dropout=0.2)
+    perturbed.load_state_dict(plain.state_dict())
+    assert torch.equal(plain.eval()(images), perturbed.eval()(images))
+    plain.load_state_dict(perturbed.state_dict())
+
+
+def test_weights_depend_on_the_seed(cpu):
+    def weights(seed):
+        with training.seeded(seed, cpu):
+            return models.build("mlp", some_images(1, 8), 4).body[1].weight
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))

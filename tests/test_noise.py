@@ -1,0 +1,286 @@
+"""Noise: matrices by hand, drawn rates within their spread, estimates by a loop."""
+
+import math
+
+import pytest
+import torch
+
+from nlhelpers import noise
+from nlhelpers.noise import PATHS
+
+# Ding et al. (2018), Figure 3, as printed.
+FIGURE_3 = [
+    [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [0.0, 0.0, 0.4, 0.0, 0.0, 0.0, 0.0, 0.6, 0.0, 0.0],
+    [0.0, 0.0, 0.0, 0.4, 0.0, 0.0, 0.0, 0.0, 0.6, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.6, 0.0, 0.0, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.6, 0.4, 0.0, 0.0, 0.0],
+    [0.0, 0.6, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+]
+# Images per class of MNIST's test set (LeCun et al. 1998).
+MNIST_TEST = torch.tensor([980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])
+
+
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def fresh(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- matrices
+
+
+def test_symmetric_by_hand():
+    by_hand = double([[0.7, 0.15, 0.15], [0.15, 0.7, 0.15], [0.15, 0.15, 0.7]])
+    torch.testing.assert_close(noise.symmetric(0.3, 3), by_hand)
+
+
+def test_asymmetric_by_hand():
+    by_hand = double([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0], [0.3, 0.0, 0.7]])
+    torch.testing.assert_close(noise.asymmetric(0.3, {0: 2, 2: 0}, 3), by_hand)
+
+
+def test_pair_flip_by_hand():
+    by_hand = double([[0.7, 0.3, 0.0], [0.0, 0.7, 0.3], [0.3, 0.0, 0.7]])
+    torch.testing.assert_close(noise.pair_flip(0.3, 3), by_hand)
+
+
+ALL = {
+    "symmetric": lambda rate: noise.symmetric(rate, 10),
+    "pair-flip": lambda rate: noise.pair_flip(rate, 10),
+} | {
+    f"{name} {dataset}": lambda rate, paths=paths: noise.asymmetric(rate, paths, 10)
+    for name, sets in PATHS.items()
+    for dataset, paths in sets.items()
+}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_sum_to_one_and_rate_0_changes_nothing(kind):
+    for rate in (0.0, 0.2, 1 / 3, 0.6, 1.0):
+        transition = ALL[kind](rate)
+        assert transition.dtype == torch.float64
+        torch.testing.assert_close(transition.sum(1), torch.ones(10).double())
+    assert torch.equal(ALL[kind](0.0), torch.eye(10).double())
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rate_1_changes_every_label_that_the_noise_touches(kind):
+    before, after = ALL[kind](0.5).diagonal(), ALL[kind](1.0).diagonal()
+    assert torch.equal(after, torch.where(before < 1, 0.0, 1.0).double())
+
+
+def test_swap_is_the_matrix_of_figure_3():
+    paths = PATHS["asymmetric-swap"]["mnist"]
+    torch.testing.assert_close(noise.asymmetric(0.6, paths, 10), double(FIGURE_3))
+
+
+def test_asymmetric_mnist_is_the_text_of_ding():
+    by_hand = double(FIGURE_3)
+    by_hand[6] = torch.eye(10)[6]  # "5 -> 6": 6 stays
+    paths = PATHS["asymmetric"]["mnist"]
+    torch.testing.assert_close(noise.asymmetric(0.6, paths, 10), by_hand)
+    assert PATHS["asymmetric"]["digits"] == PATHS["asymmetric"]["mnist"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes", "by_name"),
+    [
+        (
+            "cifar10",
+            "airplane automobile bird cat deer dog frog horse ship truck",
+            "truck>automobile bird>airplane deer>horse cat>dog dog>cat",
+        ),
+        (
+            "fashion-mnist",
+            "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot",
+            "boot>sneaker sneaker>sandal pullover>shirt coat>dress dress>coat",
+        ),
+    ],
+)
+def test_asymmetric_paths_by_class_name(dataset, classes, by_name):
+    classes = classes.split()
+    pairs = (pair.split(">") for pair in by_name.split())
+    paths = {classes.index(source): classes.index(target) for source, target in pairs}
+    assert PATHS["asymmetric"][dataset] == paths
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("rate", [0.2, 0.6])
+def test_every_cell_is_drawn_as_often_as_T_says(kind, rate):
+    transition, count = ALL[kind](rate), 1000
+    labels = torch.arange(10).repeat_interleave(count)
+    noisy = noise.corrupt(labels, transition, fresh())
+    drawn = torch.zeros(10, 10).double()
+    for true, given in zip(labels.tolist(), noisy.tolist(), strict=True):
+        drawn[true, given] += 1
+    # A binomial count strays from its mean by 5 standard deviations once in 10^6.
+    spread = (count * transition * (1 - transition)).sqrt()
+    assert ((drawn - count * transition).abs() <= 5 * spread).all()
+    assert (drawn[transition == 0] == 0).all()
+    changed = 1 - transition.diagonal().mean().item()
+    error = math.sqrt(changed * (1 - changed) / len(labels))
+    assert abs(noise.realised_rate(noisy, labels) - changed) < 4 * error
+
+
+def test_rate_0_and_rate_1_are_exact():
+    labels = torch.arange(3).repeat(1000)
+    assert torch.equal(noise.corrupt(labels, noise.symmetric(0.0, 3), fresh()), labels)
+    assert (noise.corrupt(labels, noise.symmetric(1.0, 3), fresh()) != labels).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 1e-9])
+def test_no_label_of_probability_0_even_at_the_ends_of_the_scale(monkeypatch, uniform):
+    # A row may miss 1 by up to 1e-6: what it misses belongs to no class.
+    transition = double([[0.0, 0.3, 0.7 - 9e-7, 0.0]] * 4)
+    draws = torch.full((4, 1), uniform, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: draws)
+    noisy = noise.corrupt(torch.arange(4), transition, fresh())
+    assert noisy.tolist() == [1 if uniform == 0 else 2] * 4
+
+
+def test_noise_depends_on_the_seed_alone():
+    labels = torch.arange(10).repeat(50)
+    transition = noise.symmetric(0.4, 10)
+    first = noise.corrupt(labels, transition, fresh(1))
+    torch.manual_seed(99)  # the global state plays no part
+    state = torch.random.get_rng_state()
+    assert torch.equal(noise.corrupt(labels, transition, fresh(1)), first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(noise.corrupt(labels, transition, fresh(2)), first)
+    assert torch.equal(labels, torch.arange(10).repeat(50))
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "rate", [-0.1, 1.1, math.nan, math.inf, "0.2", None, True, [0.2]]
+)
+def test_bad_rate(rate):
+    with pytest.raises(ValueError, match=r"noise_rate is .*number in \[0, 1\]"):
+        noise.check_rate(rate)
+    with pytest.raises(ValueError, match="noise_rate"):
+        noise.symmetric(rate, 3)
+    with pytest.raises(ValueError, match="noise_rate"):
+        noise.asymmetric(rate, {0: 1}, 3)
+
+
+@pytest.mark.parametrize("rate", [0, 0.5, 1])
+def test_good_rate_comes_back_as_a_float(rate):
+    assert noise.check_rate(rate) == rate
+    assert type(noise.check_rate(rate)) is float
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[0.5, 0.5], [0.5, 0.6]], "row 1 .*sum 1.1"),
+        ([[0.5, 0.5], [0.5, 0.49999]], "row 1 "),
+        ([[1.5, -0.5], [0.0, 1.0]], "row 0 "),
+        ([[1.0, 0.0], [math.nan, 1.0]], "row 1 "),
+        ([[0.5, 0.9], [0.5, 0.1]], "row 0 "),  # columns sum to 1, rows do not
+        ([[1.0, 0.0]], r"\(1, 2\); it must be square"),
+        ([1.0, 0.0], r"\(2,\); it must be square"),
+    ],
+)
+def test_bad_transition(rows, message):
+    with pytest.raises(ValueError, match=message):
+        noise.check_transition(double(rows))
+    with pytest.raises(ValueError, match=message):
+        noise.corrupt(torch.tensor([0, 1]), double(rows), fresh())
+
+
+def test_transition_for_another_number_of_classes():
+    with pytest.raises(ValueError, match="for 3 classes, but the data have 10"):
+        noise.check_transition(torch.eye(3), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 3], r"label 3 \(example 2\).*3 classes.*0 to 2"),
+        ([0, -1, 1], r"label -1 \(example 1\)"),
+        ([0.0, 1.0], "float32.*whole numbers"),
+        ([[0, 1]], r"\(1, 2\)"),
+    ],
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        noise.check_labels(torch.tensor(labels), 3)
+    with pytest.raises(ValueError, match=message):
+        noise.corrupt(torch.tensor(labels), torch.eye(3), fresh())
+
+
+# ---------------------------------------------------------------- estimates
+
+
+def test_estimate_against_a_loop(generator):
+    true = torch.randint(5, (500,), generator=generator)
+    noisy = torch.randint(5, (500,), generator=generator)
+    by_loop = [
+        [
+            sum((t == i) & (n == j) for t, n in zip(true, noisy, strict=True))
+            / sum(true == i)
+            for j in range(5)
+        ]
+        for i in range(5)
+    ]
+    found = noise.estimate_transition(noisy, true, 5)
+    torch.testing.assert_close(found, double(by_loop), rtol=0, atol=1e-6)
+
+
+def test_estimate_of_an_absent_class_is_nan():
+    found = noise.estimate_transition(torch.tensor([0, 2]), torch.tensor([0, 0]), 3)
+    assert found[0].tolist() == [0.5, 0.0, 0.5]
+    assert found[1:].isnan().all()
+
+
+def test_realised_rate_by_hand():
+    given, true = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 1])
+    assert noise.realised_rate(given, true) == 0.5
+
+
+def test_standard_error_by_hand():
+    assert noise.standard_error(0.5, 100) == pytest.approx(0.05)
+
+
+# ---------------------------------------------------------------- the ceiling
+
+
+def ceiling(name, rate):
+    transition = noise.asymmetric(rate, PATHS[name]["mnist"], 10)
+    return noise.accuracy_ceiling(transition, MNIST_TEST / MNIST_TEST.sum())
+
+
+def test_a_majority_swap_costs_fives_and_sixes():
+    lost = (892 + 958) / 10_000
+    assert ceiling("asymmetric-swap", 0.6) == pytest.approx(1 - lost)
+    assert ceiling("asymmetric-swap", 0.6) == pytest.approx(0.815)
+    assert ceiling("asymmetric-swap", 0.4) == pytest.approx(1.0)
+
+
+def test_without_the_swap_nothing_is_lost():
+    assert ceiling("asymmetric", 0.6) == pytest.approx(1.0)
+
+
+def test_ceiling_by_hand():
+    # Noisy shares 0.35 and 0.65: class 0 looks like 0 (0.7/0.35 > 0.3/0.65), and so on.
+    transition = double([[0.7, 0.3], [0.0, 1.0]])
+    assert noise.accuracy_ceiling(transition, double([0.5, 0.5])) == 1.0
+    swapped = double([[0.4, 0.6], [0.6, 0.4]])
+    assert noise.accuracy_ceiling(swapped, double([0.3, 0.7])) == 0.0
+
+
+def test_ceiling_without_labels_of_a_class():
+    with pytest.raises(ValueError, match="no label of class 0 is left"):
+        noise.accuracy_ceiling(double([[0, 1], [0, 1]]), double([0.5, 0.5]))

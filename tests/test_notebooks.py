@@ -1,0 +1,143 @@
+"""Every notebook under papermill, as the README says, with good and bad parameters."""
+
+import builtins
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from nlhelpers import records
+
+TOP = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def code_cells(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+def defaults(notebook):
+    """Names and values of the parameter cell."""
+    values = {}
+    exec(code_cells(notebook)[0], values)
+    return {name: value for name, value in values.items() if name != "__builtins__"}
+
+
+@pytest.fixture
+def papermill(tmp_path):
+    """Run a notebook from the top of the checkout; returns the finished process."""
+
+    def run(notebook, *words):
+        given = {"profile": "smoke", "device": "cpu"}
+        given["records_file"] = str(tmp_path / "runs.jsonl")
+        options = [w for name, value in given.items() for w in ("-p", name, value)]
+        call = [sys.executable, "-m", "papermill", str(notebook)]
+        paths = [str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return subprocess.run(
+            [*call, str(tmp_path / "out.ipynb"), *options, *words],
+            capture_output=True,
+            text=True,
+            cwd=TOP,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    return run
+
+
+@each_notebook
+def test_it_runs_and_stores_its_runs_where_it_is_told(notebook, papermill, tmp_path):
+    done = papermill(notebook)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    stored = records.read(tmp_path / "runs.jsonl")
+    assert {record["spec"]["profile"] for record in stored} <= {"smoke"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("record_file", "x", "unknown parameter 'record_file'; did you mean 'records_"),
+        ("noise_rate", "1.4", "noise_rate is 1.4; it is the probability"),
+    ],
+)
+def test_bad_parameters_stop_papermill(name, value, message, papermill, tmp_path):
+    if not NOTEBOOKS:
+        pytest.skip("there are no notebooks")
+    done = papermill(NOTEBOOKS[0], "-p", name, value)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert records.read(tmp_path / "runs.jsonl") == []
+
+
+# The same for every notebook, without the seconds that a kernel takes to start.
+
+
+@pytest.fixture
+def check_cell(tmp_path, monkeypatch):
+    """Run a notebook's parameter cell, papermill's values and the check cell."""
+
+    def run(notebook, **given):
+        given = {"records_file": str(tmp_path / "runs.jsonl")} | given
+        parameters, check, *_ = code_cells(notebook)
+        injected = "# Parameters\n"
+        injected += "".join(f"{name} = {value!r}\n" for name, value in given.items())
+        shell = SimpleNamespace(user_ns={"In": ["", parameters, injected, check]})
+        monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+        space = {}
+        for source in (parameters, injected, check):
+            exec(source, space)
+        return space
+
+    return run
+
+
+@each_notebook
+def test_parameters_are_plain_literals_with_a_comment_each(notebook):
+    lines = code_cells(notebook)[0].splitlines()
+    assert len(defaults(notebook)) == len(lines)
+    for line in lines:
+        assert "  # " in line
+    assert {"profile", "device", "records_file"} <= set(defaults(notebook))
+
+
+@each_notebook
+def test_the_check_cell_takes_the_defaults(notebook, check_cell):
+    check_cell(notebook)
+
+
+BAD = [
+    (
+        "record_file",
+        "x",
+        "unknown parameter 'record_file'; did you mean 'records_file'",
+    ),
+    ("profil", "paper", "did you mean 'profile'"),
+    ("profile", "papers", "did you mean 'paper'"),
+    ("device", "gpu", "device is 'gpu'"),
+    ("dataset", "cifar-10", "did you mean 'cifar10'"),
+    ("noise", "symetric", "did you mean 'symmetric'"),
+    ("noise_rate", 1.4, "noise_rate is 1.4"),
+    ("noise_rate", "0.4", "noise_rate is '0.4'"),
+    ("methods", ["two-stag"], "did you mean 'two-stage'"),
+    ("methods", "two-stage", "must be a list"),
+    ("seed", -1, "seed is -1"),
+    ("num_seeds", 0, "num_seeds is 0"),
+]
+
+
+@each_notebook
+@pytest.mark.parametrize(("name", "value", "message"), BAD)
+def test_the_check_cell_stops_bad_values(notebook, name, value, message, check_cell):
+    known = defaults(notebook)
+    if name not in known and not message.startswith(("unknown", "did you mean 'prof")):
+        pytest.skip(f"{notebook.stem} has no parameter {name}")
+    with pytest.raises(ValueError, match=message):
+        check_cell(notebook, **{name: value})

@@ -1,0 +1,160 @@
+"""The published tables against numbers typed from the papers' pages."""
+
+import pytest
+
+from nlhelpers import profiles
+from nlhelpers.papers import TABLES
+from nlhelpers.papers.table import Cell, Table
+
+# Ding et al. (2018), Table 3: (row, column) -> accuracy, standard deviation.
+TABLE_3 = {
+    ("cross-entropy [37]", "CIFAR-10, asy. p = 0.6"): (57.6, None),
+    ("cross-entropy [37]", "MNIST, asy. p = 0.6"): (53.0, 0.6),
+    ("sigmoid (BN)", "CIFAR-10, sy. p = 0.2"): (66.6, None),
+    ("backward", "MNIST, asy. p = 0.6"): (67.4, 1.5),
+    ("forward", "CIFAR-10, asy. p = 0.2"): (87.0, None),
+    ("forward", "MNIST, asy. p = 0.6"): (64.9, 4.4),
+    ("cross-entropy", "CIFAR-10, p = 0"): (87.9, None),
+    ("cross-entropy", "MNIST, asy. p = 0.6"): (52.9, 0.6),
+    ("improved baseline", "CIFAR-10, asy. p = 0.6"): (74.1, None),
+    ("improved baseline", "MNIST, asy. p = 0.6"): (76.7, 1.6),
+    ("ours", "CIFAR-10, p = 0"): (88.0, None),
+    ("ours", "CIFAR-10, sy. p = 0.2"): (84.5, None),
+    ("ours", "CIFAR-10, asy. p = 0.2"): (85.6, None),
+    ("ours", "CIFAR-10, asy. p = 0.6"): (75.8, None),
+    ("ours", "MNIST, p = 0"): (98.2, 0.1),
+    ("ours", "MNIST, sy. p = 0.2"): (97.7, 0.4),
+    ("ours", "MNIST, asy. p = 0.2"): (97.8, 0.1),
+    ("ours", "MNIST, asy. p = 0.6"): (83.4, 1.3),
+}
+
+
+def cells(name):
+    return {(cell.row, cell.column): cell for cell in TABLES[name].cells}
+
+
+def test_table_3():
+    found = cells("ding2018-table3")
+    for place, printed in TABLE_3.items():
+        assert (found[place].value, found[place].std) == printed, place
+    columns = {column for _, column in found if "↔" not in column}
+    assert len(columns) == 8
+    assert len({row for row, _ in found}) == 11
+
+
+@pytest.mark.parametrize(
+    ("column", "best"),
+    [
+        # The numbers in bold: "ours" but for one column.
+        ("CIFAR-10, p = 0", "ours"),
+        ("CIFAR-10, sy. p = 0.2", "ours"),
+        ("CIFAR-10, asy. p = 0.2", "forward"),
+        ("CIFAR-10, asy. p = 0.6", "ours"),
+        ("MNIST, p = 0", "ours"),
+        ("MNIST, sy. p = 0.2", "ours"),
+        ("MNIST, asy. p = 0.2", "ours"),
+        ("MNIST, asy. p = 0.6", "ours"),
+    ],
+)
+def test_bold_numbers_are_the_best(column, best):
+    values = {
+        cell.row: cell.value
+        for cell in TABLES["ding2018-table3"].cells
+        if cell.column == column
+    }
+    assert max(values, key=values.get) == best
+
+
+def test_the_other_reading_of_the_paths_has_the_same_published_number():
+    found = cells("ding2018-table3")
+    for row in ("cross-entropy", "improved baseline", "ours"):
+        for p in ("0.2", "0.6"):
+            text = found[row, f"MNIST, asy. p = {p}"]
+            swap = found[row, f"MNIST, asy. p = {p}, 5↔6"]
+            assert (text.value, text.std) == (swap.value, swap.std)
+            assert (text.spec.noise, swap.spec.noise) == (
+                "asymmetric",
+                "asymmetric-swap",
+            )
+            assert text.spec.noise_rate == swap.spec.noise_rate == float(p)
+
+
+def test_every_cell_runs_what_its_labels_say():
+    methods = {
+        "cross-entropy": "cross-entropy",
+        "improved baseline": "improved-baseline",
+        "ours": "two-stage",
+    }
+    for (row, column), cell in cells("ding2018-table3").items():
+        if row not in methods:
+            assert cell.spec is None
+            continue
+        dataset, noise = column.split(", ")[:2]
+        assert cell.spec.method == methods[row]
+        assert cell.spec.dataset == {"CIFAR-10": "cifar10", "MNIST": "mnist"}[dataset]
+        rate = float(noise.split(" = ")[1])
+        assert cell.spec.noise_rate == rate
+        assert cell.spec.noise.startswith("asym") == noise.startswith("asy.")
+
+
+def test_table_1():
+    found = cells("ding2018-table1")
+    printed = {
+        "5%": (87.9, 84.2, 85.5, 75.6),
+        "10%": (88.0, 84.5, 85.6, 75.8),
+        "20%": (87.9, 85.1, 85.5, 76.2),
+        "50%": (88.1, 84.5, 85.6, 74.8),
+    }
+    columns = ("p = 0", "sy. p = 0.2", "asy. p = 0.2", "asy. p = 0.6")
+    for row, values in printed.items():
+        for column, value in zip(columns, values, strict=True):
+            cell = found[row, f"CIFAR-10, {column}"]
+            assert cell.value == value
+            assert found[row, f"MNIST, {column}"].value is None
+            share = float(row.rstrip("%")) / 100
+            settings = dict(cell.spec.settings)
+            assert settings == {"at_least": share, "at_most": share}
+
+
+def test_table_2():
+    found = cells("ding2018-table2")
+    last = [found["after stage 1", c] for c in ("correct", "incorrect", "no label")]
+    assert [cell.value for cell in last] == [16.8, 0.2, 81.0]
+    assert sum(cell.value for cell in last) == pytest.approx(98.0)  # as printed
+    for row in {row for row, _ in found} - {"after stage 1"}:
+        shares = [cell.value for (r, _), cell in found.items() if r == row]
+        assert sum(shares) == pytest.approx(100.0)
+    spec = last[0].spec
+    assert (spec.dataset, spec.noise, spec.noise_rate) == ("cifar10", "asymmetric", 0.6)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_cell_and_no_run_is_there_twice(name):
+    table = TABLES[name]
+    places = [(cell.row, cell.column) for cell in table.cells]
+    assert len(set(places)) == len(places)
+    assert table.label.split()[1] == name[-1]
+    for dataset in {cell.spec.dataset for cell in table.cells if cell.spec}:
+        for profile in profiles.PROFILES:
+            specs = table.specs(dataset, profile, range(3))
+            assert len(set(specs)) == len(specs)
+            assert {spec.profile for spec in specs} == {profile}
+            assert {spec.dataset for spec in specs} == {dataset}
+            assert [spec.seed for spec in specs] == sorted(s.seed for s in specs)
+            cell_specs = {c.spec for c in table.cells if c.spec}
+            runs = {s for s in cell_specs if s.dataset == dataset}
+            assert len(specs) == 3 * len(runs)
+
+
+def test_table_3_is_three_methods_in_six_noises_on_mnist():
+    specs = TABLES["ding2018-table3"].specs("mnist", "paper", [0])
+    assert len(specs) == 3 * 6
+    assert len(TABLES["ding2018-table3"].specs("cifar10", "paper", [0])) == 3 * 4
+
+
+def test_a_table_without_runs_on_a_data_set():
+    with pytest.raises(ValueError, match="no runs on 'digits'; it has on cifar10"):
+        TABLES["ding2018-table3"].specs("digits", "quick", [0])
+    empty = Table("key", "Table 0", "", (Cell("a", "b", 1.0),))
+    with pytest.raises(ValueError, match="has no runs on 'mnist'"):
+        empty.specs("mnist", "quick", [0])

@@ -1,0 +1,371 @@
+"""Records: whole or not at all, whatever the disk does, and whose code made them."""
+
+import builtins
+import errno
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nlhelpers import experiments, records, sources
+from nlhelpers.experiments import Spec
+from nlhelpers.records import RecordError
+
+RECORD = {"spec": {"seed": 1}, "last_accuracy": 0.5}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file with one record."""
+    path = tmp_path / "deep" / "runs.jsonl"
+    records.append(path, RECORD)
+    return path
+
+
+# ---------------------------------------------------------------- reading, appending
+
+
+def test_records_come_back_in_order(path):
+    more = [{"spec": {"seed": k}, "text": "line\nbreak, ä"} for k in range(5)]
+    for record in more:
+        records.append(path, record)
+    assert records.read(path) == [RECORD, *more]
+    assert len(path.read_bytes().splitlines()) == 6
+
+
+def test_a_folder_is_read_file_by_file(path, tmp_path):
+    records.append(tmp_path / "b.jsonl", {"spec": {"seed": 2}})
+    (tmp_path / "notes.txt").write_text("no record")
+    assert [r["spec"]["seed"] for r in records.read(tmp_path)] == [2, 1]
+
+
+def test_nothing_is_no_records(tmp_path):
+    assert records.read(tmp_path / "none.jsonl") == []
+    assert records.read(tmp_path) == []
+
+
+def test_a_nan_is_no_number_for_a_record(path):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        records.append(path, {"spec": {}, "loss": float("nan")})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_cut_off_line_is_one_error_and_stays(path, cut):
+    records.append(path, RECORD)
+    path.write_bytes(path.read_bytes()[:-cut])
+    before = path.read_bytes()
+    for act in (lambda: records.read(path), lambda: records.append(path, RECORD)):
+        with pytest.raises(RecordError, match=f"{path}, line 2 is cut off.*delete"):
+            act()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "line", [b"{broken}", b"", b"\xff\xfe", b"{}", b"3", b'"text"', b"[]", b"null"]
+)
+def test_a_line_that_is_no_record(path, line):
+    before = path.read_bytes() + line + b"\n"
+    path.write_bytes(before + before)
+    with pytest.raises(RecordError, match=f"{path}, line 2 is no record"):
+        experiments.recorded(path)
+    assert path.read_bytes() == before + before
+
+
+def test_a_file_that_cannot_be_read(path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        for module, name in ((io, "open"), (builtins, "open"), (os, "open")):
+            patch.setattr(module, name, refuse)
+        with pytest.raises(RecordError, match=f"{path}.*Permission denied"):
+            records.read(path)
+
+
+# ---------------------------------------------------------------- disks that refuse
+
+
+@pytest.mark.parametrize("act", ["append", "check_writable"])
+def test_no_folder_can_be_made_there(act, path):
+    before = path.read_bytes()
+    below = path / "folder" / "runs.jsonl"  # path is a file
+    call = {"append": lambda: records.append(below, RECORD)}.get(
+        act, lambda: records.check_writable(below)
+    )
+    with pytest.raises(RecordError, match=f"cannot write records to {below}"):
+        call()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("act", ["append", "check_writable"])
+def test_read_only_folder(act, path, monkeypatch):
+    before = path.read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(io, "open", refuse)
+        message = f"cannot write records to {path}: Read-only file system"
+        with pytest.raises(RecordError, match=message):
+            if act == "append":
+                records.append(path, RECORD)
+            else:
+                records.check_writable(path)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_is_no_file(tmp_path):
+    for act in (records.check_writable, lambda path: records.append(path, RECORD)):
+        with pytest.raises(RecordError, match=r"cannot write records to .*directory"):
+            act(tmp_path)
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_full_disk(path, room):
+    """The system itself stops writing after `room` more bytes."""
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(RecordError) as caught:
+            records.append(path, RECORD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write records to {path}" in str(caught.value)
+    assert path.read_bytes() == before
+    records.append(path, RECORD)
+    assert records.read(path) == [RECORD, RECORD]
+
+
+def test_no_space_left(path, monkeypatch):
+    before = path.read_bytes()
+    write = os.write
+    refusals = [
+        lambda file, line: write(file, line[:7]),
+        lambda file, line: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")),
+    ]
+    for refuse in refusals:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", refuse)
+            with pytest.raises(RecordError, match=r"(?i)no space"):
+                records.append(path, RECORD)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_device_that_is_always_full():
+    with pytest.raises(
+        RecordError, match="cannot write records to /dev/full: No space"
+    ):
+        records.append(Path("/dev/full"), RECORD)
+
+
+def test_check_writable_leaves_things_as_they_are(path, tmp_path):
+    before = path.read_bytes()
+    records.check_writable(path)
+    assert path.read_bytes() == before
+    fresh = tmp_path / "new" / "runs.jsonl"
+    records.check_writable(fresh)
+    assert records.read(fresh) == []
+
+
+def test_check_writable_deletes_nothing_that_another_process_just_wrote(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "runs.jsonl"
+    opened = Path.open
+
+    def open_while_another_writes(self, *args, **kwargs):
+        file = opened(self, *args, **kwargs)
+        os.write(file.fileno(), json.dumps(RECORD).encode() + b"\n")
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_while_another_writes)
+        records.check_writable(path)
+    if not path.exists():  # it may be checked in another way than by opening it
+        records.append(path, RECORD)
+        pytest.fail("a record that another process wrote is gone")
+
+
+# ---------------------------------------------------------------- two at a time
+
+WRITER = """
+import sys
+from pathlib import Path
+from nlhelpers import records
+
+path, name = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+input()
+for k in range(100):
+    records.append(path, {"spec": {"seed": k}, "name": name, "text": name * 40_000})
+"""
+
+
+def start(name, path):
+    """A process that appends a hundred records once it is told to."""
+    top = str(records.PACKAGE.parent)  # this very package, wherever pytest runs
+    paths = [top, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def test_processes_that_append_at_once_do_not_interleave(path):
+    with start("a", path) as a, start("b", path) as b:
+        for writer in (a, b):
+            assert writer.stdout.readline() == "ready\n"
+        for writer in (a, b):
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        while a.poll() is None or b.poll() is None:
+            records.read(path)  # a reader sees whole lines as well
+        assert (a.returncode, b.returncode) == (0, 0), a.stderr.read() + b.stderr.read()
+    found = records.read(path)[1:]
+    for name in "ab":
+        mine = [record["spec"]["seed"] for record in found if record["name"] == name]
+        assert mine == list(range(100))
+    assert all(record["text"] == record["name"] * 40_000 for record in found)
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def test_a_record_says_where_it_comes_from(cpu):
+    record = experiments.run(Spec(profile="smoke"), cpu)
+    assert record["device"].endswith(f"{os.cpu_count()} cores")
+    assert record["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(record["versions"]) >= {"python", "numpy", "torchvision", "nlhelpers"}
+    assert record["date"].endswith("+00:00")
+    assert len(record["source"]) == 12
+    assert record["seconds"] > 0
+    assert record["images_per_second"] > 0
+    assert record["peak_memory_mb"] > 50
+    assert record["commit"] is None or len(record["commit"]) == 40
+    json.dumps(record, allow_nan=False)
+
+
+# ---------------------------------------------------------------- the source hash
+
+SOURCE = '''"""Module."""
+
+import math  # for pi
+
+
+def area(radius):
+    """Area of a circle.
+
+    # not a comment
+    """
+    # A comment.
+    return math.pi * radius**2  # πr²
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"""Module."""', '"""A much better sentence."""'),
+        ("# A comment.", "# Another,\n\n    # longer."),
+        ("  # πr²", ""),
+        ("Area of a circle.", "The area."),
+        ("import math  # for pi\n", "import math\n\n"),
+    ],
+)
+def test_comments_and_docstrings_do_not_count(old, new):
+    assert old in SOURCE
+    assert sources.code(SOURCE.replace(old, new)) == sources.code(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("radius**2", "radius**3"),
+        ("math.pi", "math.tau"),
+        ("def area(radius):", "def area(radius, /):"),
+        ("    return", "    if radius:\n        return"),
+    ],
+)
+def test_code_counts(old, new):
+    assert old in SOURCE
+    assert sources.code(SOURCE.replace(old, new)) != sources.code(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ('x = "a  # b"', 'x = "a  # c"'),
+        ('x = """\n# one\n"""', 'x = """\n# two\n"""'),
+        ('x = """\na\n\nb"""', 'x = """\na\nb"""'),
+        ('def f(): "text"; return 1', 'def f(): "text"; return 2'),
+    ],
+)
+def test_text_that_only_looks_like_a_comment_counts(first, second):
+    assert sources.code(first) != sources.code(second)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package that can be changed."""
+    copy = tmp_path / "nlhelpers"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(records.PACKAGE, copy, ignore=ignored)
+    monkeypatch.setattr(records, "PACKAGE", copy)
+    records.source_hash.cache_clear()
+    yield copy
+    records.source_hash.cache_clear()
+
+
+def hashes():
+    records.source_hash.cache_clear()
+    return {name: experiments.source(name) for name in experiments.METHODS}
+
+
+def changed_by(text, *files):
+    """The methods whose hash is another after `text` is added to the files."""
+    before = hashes()
+    for file in files:
+        file.write_text(file.read_text() + text)
+    after = hashes()
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_hash_of_shared_code(package):
+    names = ("noise", "losses", "models", "data", "training", "evaluation")
+    files = [package / f"{name}.py" for name in names]
+    assert changed_by("\n# A comment.\n", *files) == set()
+    for file in files:
+        assert changed_by("\nx = 1\n", file) == set(experiments.METHODS)
+
+
+def test_hash_of_methods_counts_what_they_import(package):
+    methods = package / "methods"
+    found = changed_by("\nx = 1\n", methods / "two_stage.py")
+    assert found == {"two-stage", "improved-baseline"}
+    found = changed_by("\nx = 1\n", methods / "improved_baseline.py")
+    assert found == {"improved-baseline"}
+    found = changed_by("\nx = 1\n", methods / "cross_entropy.py")
+    assert found == {"cross-entropy"}
+
+
+def test_another_method_or_table_leaves_old_records_current(package):
+    others = ("methods/__init__.py", "papers/ding2018.py", "report.py")
+    assert changed_by("\nx = 1\n", *(package / name for name in others)) == set()
