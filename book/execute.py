@@ -131,7 +131,8 @@ def place(error: Exception) -> str:
     """Where a notebook failed, as far as the error tells."""
     if not hasattr(error, "cell_index"):
         return f" ({type(error).__name__})"
-    return f" in cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+    # Counted from 1, without the cell of parameters that papermill has put before it.
+    return f" in cell {error.cell_index}: {error.ename}: {error.evalue}"
 
 
 def origin(top: Path) -> dict:

@@ -25,6 +25,10 @@ METHOD_COLOURS = {
     "improved-baseline": ORANGE,
     "two-stage": BLUE,
 }
+MEASURED = (
+    *("row", "column", "published", "published_std", "measured", "std", "difference"),
+    *("seeds", "profile", "device", "seconds", "current"),
+)
 OTHER_CODE = "†"  # marks a value that other code than today's has measured
 
 
@@ -137,14 +141,10 @@ def measured(
                     "current": part["current"].all(),
                 }
             )
-    frame = pd.DataFrame(lines)
-    if len(frame):
-        position = frame.columns.get_loc("std") + 1
-        frame.insert(position, "difference", frame["measured"] - frame["published"])
-        columns = pd.Categorical(frame["column"], frame["column"].unique())
-        frame = frame.assign(column=columns).sort_values("column", kind="stable")
-        frame = frame.astype({"column": str}).reset_index(drop=True)
-    return frame
+    frame = pd.DataFrame(lines, columns=MEASURED)
+    frame["difference"] = frame["measured"] - frame["published"]
+    order = pd.Categorical(frame["column"], frame["column"].unique())
+    return frame.iloc[order.codes.argsort(kind="stable")].reset_index(drop=True)
 
 
 def beside(frame: pd.DataFrame) -> Styler:
