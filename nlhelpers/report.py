@@ -70,12 +70,13 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     }
     by = ["method", "settings", "dataset", "noise", "rate", "profile", "device"]
     by += ["model", "num_clean", "transition"]
+    shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
+    shown += ["realised", "seeds", "seconds", "profile", "device"]
     if not done:
-        return pd.DataFrame(columns=[*by, *columns])
+        return pd.DataFrame(columns=shown)
     rows = pd.DataFrame([flat(record) for record in done])
     table = rows.groupby(by, sort=False, dropna=False).agg(**columns).reset_index()
-    shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
-    return table[[*shown, "realised", "seeds", "seconds", "profile", "device"]].round(2)
+    return table[shown].round(2)
 
 
 def flat(record: Record) -> Record:
@@ -122,10 +123,10 @@ def measured(
             runs.setdefault(cell_spec, []).append(flat(record))
     lines = []
     for cell in table.cells:
-        rows = pd.DataFrame(runs.get(cell.spec, []))
-        for (profile, device), part in (
-            rows.groupby(["profile", "device"]) if len(rows) else ()
-        ):
+        if cell.spec not in runs:
+            continue
+        rows = pd.DataFrame(runs[cell.spec])
+        for (profile, device), part in rows.groupby(["profile", "device"]):
             lines.append(
                 {
                     "row": cell.row,
@@ -159,13 +160,14 @@ def beside(frame: pd.DataFrame) -> Styler:
             return "–"
         return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
-    def shade(difference: str) -> str:
-        number = float(difference.replace("−", "-")) if difference != "–" else 0.0
-        if abs(number) <= 1:
+    def signed(difference: float) -> str:
+        return "–" if pd.isna(difference) else f"{difference:+.1f}".replace("-", "−")
+
+    def shade(difference: float) -> str:
+        if not abs(round(difference, 1)) > 1:  # NaN where nothing is published
             return ""
-        return (
-            f"background-color: {'#cfe5f3' if number > 0 else '#fbe3b5'}; color: #000"
-        )
+        colour = "#cfe5f3" if difference > 0 else "#fbe3b5"
+        return f"background-color: {colour}; color: #000"
 
     marks = frame["current"].map({True: "", False: f" {OTHER_CODE}"})
     shown = pd.DataFrame(
@@ -178,10 +180,7 @@ def beside(frame: pd.DataFrame) -> Styler:
             "measured": frame.apply(
                 lambda line: spread(line["measured"], line["std"]), axis=1
             ),
-            "difference": [
-                "–" if pd.isna(d) else f"{d:+.1f}".replace("-", "−")
-                for d in frame["difference"]
-            ],
+            "difference": frame["difference"],
             "seeds": frame["seeds"],
             "profile": frame["profile"],
             "s per run": frame["seconds"].round().astype(int),
@@ -189,7 +188,8 @@ def beside(frame: pd.DataFrame) -> Styler:
         }
     )
     shown["measured"] += marks
-    return shown.style.hide(axis="index").map(shade, subset=["difference"])
+    style = shown.style.hide(axis="index").format({"difference": signed})
+    return style.map(shade, subset=["difference"])
 
 
 # Parts of figures

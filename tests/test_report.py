@@ -1,0 +1,69 @@
+"""Measured beside published: hand-made records, hand values."""
+
+import dataclasses
+
+import pytest
+
+from nlhelpers import report
+from nlhelpers.experiments import Spec
+from nlhelpers.papers import Cell, Table
+
+SPEC = Spec("two-stage", "mnist", "asymmetric", 0.6, profile="paper")
+TABLE = Table(
+    "paper",
+    "Table 1",
+    "A table",
+    (
+        Cell("ours", "a", 90.0, 0.5, SPEC),
+        Cell("ours", "b", None, None, dataclasses.replace(SPEC, noise_rate=0.2)),
+        Cell("theirs", "a", 80.0),
+    ),
+)
+
+
+def record(accuracy, **changes):
+    return {
+        "spec": dataclasses.replace(SPEC, **changes).as_dict(),
+        "recipe": {},
+        "source": "other",
+        "realised_rate": 0.24,
+        "last_accuracy": accuracy,
+        "best_accuracy": accuracy,
+        "seconds": 10.0,
+        "device": "a CPU",
+    }
+
+
+def test_measured_means_and_spread_over_seeds():
+    done = [record(0.90, seed=0), record(0.94, seed=1), record(0.5, num_clean=5)]
+    (line,) = report.measured(TABLE, done).to_dict("records")
+    assert (line["row"], line["column"], line["seeds"]) == ("ours", "a", 2)
+    assert line["measured"] == pytest.approx(92)
+    assert line["std"] == pytest.approx(2 * 2**0.5)
+    assert line["difference"] == pytest.approx(2)
+    assert not line["current"]
+
+
+def test_a_run_made_again_counts_once():
+    (line,) = report.measured(TABLE, [record(0.5), record(0.9)]).to_dict("records")
+    assert (line["seeds"], line["measured"]) == (1, pytest.approx(90))
+
+
+def test_profiles_are_not_mixed():
+    done = [record(0.9), record(0.7, profile="quick")]
+    assert report.measured(TABLE, done)["measured"].tolist() == [90, 70]
+
+
+def test_the_page_marks_shades_and_leaves_out():
+    done = [record(0.8), record(0.95, noise_rate=0.2)]
+    html = report.beside(report.measured(TABLE, done)).to_html()
+    assert "90.0 ± 0.5" in html
+    assert f"80.0 {report.OTHER_CODE}" in html
+    assert "−10.0" in html
+    assert html.count("#fbe3b5") == 1 and "#cfe5f3" not in html
+    assert ">nan" not in html
+
+
+def test_no_records_give_the_same_columns():
+    assert list(report.measured(TABLE, [])) == list(report.measured(TABLE, [record(1)]))
+    assert list(report.summary([])) == list(report.summary([record(1.0)]))
