@@ -21,8 +21,6 @@ from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.training import Epoch, Event, Recipe, Setup
 
-NOISES = ("symmetric", "pair-flip", *noise.PATHS, "given", *datasets.HUMAN_LABELS)
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -34,7 +32,7 @@ class Spec:
     Attributes:
         method: a key of `methods.METHODS`.
         dataset: a key of `data.DATASETS`.
-        noise: one of NOISES.
+        noise: a key of NOISES.
         noise_rate: probability that a label is changed (on the classes that the noise
             touches); None for "given" and human labels, which have their own.
         seed: decides the noise, the split, the weights and the batches.
@@ -182,36 +180,57 @@ def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
 load = functools.lru_cache(maxsize=1)(datasets.load)
 
 
-def transition_of(spec: Spec, num_classes: int) -> Tensor | None:
-    """T (K, K) float64 of a run's noise; None for human labels."""
-    match spec.noise:
-        case "symmetric":
-            return noise.symmetric(spec.noise_rate, num_classes)
-        case "pair-flip":
-            return noise.pair_flip(spec.noise_rate, num_classes)
-        case "given":
-            rows = torch.tensor(spec.transition, dtype=torch.float64)
-            return noise.check_transition(rows, num_classes)
-        case name if name in noise.PATHS:
-            paths = noise.PATHS[name][spec.dataset]
-            return noise.asymmetric(spec.noise_rate, paths, num_classes)
-        case _:
-            return None
+# The noisy labels (N,) int64 that a run is given for a data set, by the spec's noise
 
 
-def noisy_labels(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
-    """The labels (N,) int64 that a run is given for a data set."""
-    transition = transition_of(spec, dataset.num_classes)
-    if transition is None:
-        return datasets.human_labels(spec.noise, dataset.labels)
+def symmetric(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """A label changes into any other class with the same probability."""
+    transition = noise.symmetric(spec.noise_rate, dataset.num_classes)
     return noise.corrupt(dataset.labels, transition, generator)
+
+
+def pair_flip(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """A label changes into the next class."""
+    transition = noise.pair_flip(spec.noise_rate, dataset.num_classes)
+    return noise.corrupt(dataset.labels, transition, generator)
+
+
+def published_paths(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """A label changes along the data set's published path, if its class has one."""
+    paths = noise.PATHS[spec.noise][spec.dataset]
+    transition = noise.asymmetric(spec.noise_rate, paths, dataset.num_classes)
+    return noise.corrupt(dataset.labels, transition, generator)
+
+
+def given(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """A label changes as the spec's own T says."""
+    rows = torch.tensor(spec.transition, dtype=torch.float64)
+    transition = noise.check_transition(rows, dataset.num_classes)
+    return noise.corrupt(dataset.labels, transition, generator)
+
+
+def human(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """What people answered; nothing is drawn."""
+    return datasets.human_labels(spec.noise, dataset.labels)
+
+
+NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
+    "symmetric": symmetric,
+    "pair-flip": pair_flip,
+    **dict.fromkeys(noise.PATHS, published_paths),
+    "given": given,
+    **dict.fromkeys(datasets.HUMAN_LABELS, human),
+}
+
+
+# Running
 
 
 def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
     """A run's data on the device: what the method sees, and what only we see."""
     dataset = load(spec.dataset)
     generator = torch.Generator().manual_seed(spec.seed)
-    labels = noisy_labels(spec, dataset, generator)
+    labels = NOISES[spec.noise](spec, dataset, generator)
     seen, truth = datasets.split(
         dataset,
         labels,
@@ -259,16 +278,27 @@ def run(
         "screening": screening,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mb": records.peak_memory(device),
-        **records.provenance(device, source(spec.method)),
+        **records.provenance(device, source(spec)),
         "history": {name: [row[name] for row in history] for name in history[0]},
     }
 
 
-def source(method: str) -> str:
-    """Hash of the code that makes a method's numbers."""
-    module = METHODS[method].run.__module__
-    shared = ("noise", "losses", "models", "data", "training", "evaluation")
-    return records.source_hash(module, *(f"nlhelpers.{name}" for name in shared))
+def source(spec: Spec) -> str:
+    """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
+    return records.source_hash(
+        METHODS[spec.method].run,
+        MODELS[spec.model],
+        datasets.DATASETS[spec.dataset],
+        NOISES[spec.noise],
+        prepare,
+        Setup,
+        training.seeded,
+        noise.realised_rate,
+        evaluation.measure,
+        evaluation.outcome,
+        evaluation.screened,
+        besides=(Spec, Recipe),
+    )
 
 
 def spec_of(record: Record) -> Spec | None:
@@ -284,7 +314,7 @@ def is_current(record: Record) -> bool:
     spec = spec_of(record)
     return (
         spec is not None
-        and record.get("source") == source(spec.method)
+        and record.get("source") == source(spec)
         and record.get("recipe") == dataclasses.asdict(spec.recipe)
     )
 

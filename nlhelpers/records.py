@@ -171,15 +171,11 @@ def commit() -> str | None:
 
 
 @functools.cache
-def source_hash(*modules: str) -> str:
-    """Hash of the code of these modules and of all in the package that they import.
+def source_hash(*made_by: object, besides: tuple[object, ...] = ()) -> str:
+    """Hash of the code of functions and classes, as `sources.definitions` finds it.
 
     Comments, docstrings and empty lines do not count, so that a record outlives a
-    better sentence.
+    better sentence; nor does code that the number does not depend on.
     """
-    digest = hashlib.sha256()
-    found = sources.closure(modules, PACKAGE.parent, inits=False)
-    for path in sorted(found.values()):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(sources.code(path.read_text()).encode())
-    return digest.hexdigest()[:12]
+    found = sources.definitions(*made_by, besides=besides)
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,15 +1,21 @@
-"""Which modules of this package a source imports, read without running any.
+"""What code depends on: a notebook on modules, a number on functions and classes.
 
-The build of the book asks so that it reruns what a change concerns; a record's source
-hash asks so that it covers the code behind a number. Nothing heavy is imported here.
+The build of the book asks for the modules, without running any, so that it reruns what
+a change concerns. A record's source hash asks for the functions and classes, so that it
+covers the code behind a number and nothing else. Nothing heavy is imported here.
 """
 
 import ast
+import inspect
 import io
+import json
+import sys
+import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 PACKAGE = "nlhelpers"
 
@@ -17,7 +23,10 @@ PACKAGE = "nlhelpers"
 DYNAMIC = {"import_module", "__import__", "iter_modules", "walk_packages"}
 
 
-def closure(wanted: Iterable[str], top: Path, *, inits: bool = True) -> dict[str, Path]:
+# Modules: what a notebook imports
+
+
+def closure(wanted: Iterable[str], top: Path) -> dict[str, Path]:
     """The modules that importing `wanted` loads, with their files.
 
     Names outside the package, and names that are not modules, fall away.
@@ -25,8 +34,6 @@ def closure(wanted: Iterable[str], top: Path, *, inits: bool = True) -> dict[str
     Args:
         wanted: Dotted names.
         top: The folder that holds the package.
-        inits: Whether to follow the ``__init__`` of the packages above a module, which
-            Python runs too. They list what all methods import, not what one uses.
     """
     found: dict[str, Path] = {}
     todo = list(wanted)
@@ -37,7 +44,7 @@ def closure(wanted: Iterable[str], top: Path, *, inits: bool = True) -> dict[str
         if "." in name:
             todo.append(name.rpartition(".")[0])
         path = module_file(name, top)
-        if path is not None and (inits or path.name != "__init__.py"):
+        if path is not None:
             found[name] = path
             todo += module_imports(name, path, top, path.stat().st_mtime_ns)
     return found
@@ -104,6 +111,75 @@ def absolute(node: ast.ImportFrom, package: str) -> str:
     parts = package.split(".")
     parts = parts[: len(parts) - node.level + 1]
     return ".".join([*parts, node.module] if node.module else parts)
+
+
+# Definitions: what a number was made by
+
+
+def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, str]:
+    """The code of functions and classes, and of all in the package that it names.
+
+    A constant counts with its value. A dictionary of functions is a registry: which of
+    its entries a run uses is for the caller to say, so that a new entry changes nothing
+    for the runs that do not use it.
+
+    Args:
+        wanted: Functions and classes; those of other packages fall away.
+        besides: Functions and classes that are left out, with what only they name.
+
+    Returns:
+        Qualified names, each with its source as `code` gives it or its value as JSON.
+    """
+    found: dict[str, str] = {}
+    left_out = set(map(qualified, besides))
+    todo = list(wanted)
+    while todo:
+        thing = inspect.unwrap(todo.pop())
+        name = qualified(thing)
+        if name in found or name in left_out or not in_package(thing.__module__):
+            continue
+        source = textwrap.dedent(inspect.getsource(thing))
+        found[name] = code(source)
+        for constant, value in named(source, sys.modules[thing.__module__]):
+            if inspect.isfunction(inspect.unwrap(value)) or inspect.isclass(value):
+                todo.append(value)
+            elif (data := as_json(value)) is not None:
+                found[f"{thing.__module__}: {constant}"] = data
+    return found
+
+
+def named(source: str, module: ModuleType) -> Iterator[tuple[str, object]]:
+    """Names in a source that its module knows, with what they stand for.
+
+    Of `a.b`, where `a` is a module of the package, that is `b`.
+    """
+    known = vars(module)
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name) if name in known:
+                yield name, known[name]
+            case ast.Attribute(value=ast.Name(id=base), attr=name):
+                owner = known.get(base)
+                if inspect.ismodule(owner) and in_package(owner.__name__):
+                    yield name, getattr(owner, name)
+
+
+def qualified(thing: object) -> str:
+    """The dotted name of a function or class."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def in_package(module: str) -> bool:
+    """Whether a dotted module name is this package's."""
+    return module.split(".")[0] == PACKAGE
+
+
+def as_json(value: object) -> str | None:
+    """A constant as text; None for what is no plain data, like the alias of a type."""
+    try:
+        return json.dumps(sorted(value) if isinstance(value, set) else value)
+    except TypeError:
+        return None
 
 
 def code(source: str) -> str:

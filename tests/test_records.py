@@ -6,7 +6,6 @@ import io
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nlhelpers import experiments, records, sources
+from nlhelpers import experiments, records
 from nlhelpers.experiments import Spec
 from nlhelpers.records import RecordError
 
@@ -261,111 +260,3 @@ def test_a_record_says_where_it_comes_from(cpu):
     assert record["peak_memory_mb"] > 50
     assert record["commit"] is None or len(record["commit"]) == 40
     json.dumps(record, allow_nan=False)
-
-
-# ---------------------------------------------------------------- the source hash
-
-SOURCE = '''"""Module."""
-
-import math  # for pi
-
-
-def area(radius):
-    """Area of a circle.
-
-    # not a comment
-    """
-    # A comment.
-    return math.pi * radius**2  # πr²
-'''
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"""Module."""', '"""A much better sentence."""'),
-        ("# A comment.", "# Another,\n\n    # longer."),
-        ("  # πr²", ""),
-        ("Area of a circle.", "The area."),
-        ("import math  # for pi\n", "import math\n\n"),
-    ],
-)
-def test_comments_and_docstrings_do_not_count(old, new):
-    assert old in SOURCE
-    assert sources.code(SOURCE.replace(old, new)) == sources.code(SOURCE)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("radius**2", "radius**3"),
-        ("math.pi", "math.tau"),
-        ("def area(radius):", "def area(radius, /):"),
-        ("    return", "    if radius:\n        return"),
-    ],
-)
-def test_code_counts(old, new):
-    assert old in SOURCE
-    assert sources.code(SOURCE.replace(old, new)) != sources.code(SOURCE)
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ('x = "a  # b"', 'x = "a  # c"'),
-        ('x = """\n# one\n"""', 'x = """\n# two\n"""'),
-        ('x = """\na\n\nb"""', 'x = """\na\nb"""'),
-        ('def f(): "text"; return 1', 'def f(): "text"; return 2'),
-    ],
-)
-def test_text_that_only_looks_like_a_comment_counts(first, second):
-    assert sources.code(first) != sources.code(second)
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A copy of the package that can be changed."""
-    copy = tmp_path / "nlhelpers"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(records.PACKAGE, copy, ignore=ignored)
-    monkeypatch.setattr(records, "PACKAGE", copy)
-    records.source_hash.cache_clear()
-    yield copy
-    records.source_hash.cache_clear()
-
-
-def hashes():
-    records.source_hash.cache_clear()
-    return {name: experiments.source(name) for name in experiments.METHODS}
-
-
-def changed_by(text, *files):
-    """The methods whose hash is another after `text` is added to the files."""
-    before = hashes()
-    for file in files:
-        file.write_text(file.read_text() + text)
-    after = hashes()
-    return {name for name in before if before[name] != after[name]}
-
-
-def test_hash_of_shared_code(package):
-    names = ("noise", "losses", "models", "data", "training", "evaluation")
-    files = [package / f"{name}.py" for name in names]
-    assert changed_by("\n# A comment.\n", *files) == set()
-    for file in files:
-        assert changed_by("\nx = 1\n", file) == set(experiments.METHODS)
-
-
-def test_hash_of_methods_counts_what_they_import(package):
-    methods = package / "methods"
-    found = changed_by("\nx = 1\n", methods / "two_stage.py")
-    assert found == {"two-stage", "improved-baseline"}
-    found = changed_by("\nx = 1\n", methods / "improved_baseline.py")
-    assert found == {"improved-baseline"}
-    found = changed_by("\nx = 1\n", methods / "cross_entropy.py")
-    assert found == {"cross-entropy"}
-
-
-def test_another_method_or_table_leaves_old_records_current(package):
-    others = ("methods/__init__.py", "papers/ding2018.py", "report.py")
-    assert changed_by("\nx = 1\n", *(package / name for name in others)) == set()

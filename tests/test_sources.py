@@ -1,0 +1,249 @@
+"""What a record's source hash covers, and what it does not."""
+
+import importlib.util
+import sys
+from inspect import ismodule
+from pathlib import Path
+
+import pytest
+
+from nlhelpers import experiments, records, sources
+from nlhelpers.experiments import Spec
+from nlhelpers.methods import METHODS
+
+# ---------------------------------------------------------------- the text of code
+
+SOURCE = '''"""Module."""
+
+import math  # for pi
+
+
+def area(radius):
+    """Area of a circle.
+
+    # not a comment
+    """
+    # A comment.
+    return math.pi * radius**2  # πr²
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"""Module."""', '"""A much better sentence."""'),
+        ("# A comment.", "# Another,\n\n    # longer."),
+        ("  # πr²", ""),
+        ("Area of a circle.", "The area."),
+        ("import math  # for pi\n", "import math\n\n"),
+    ],
+)
+def test_comments_and_docstrings_do_not_count(old, new):
+    assert old in SOURCE
+    assert sources.code(SOURCE.replace(old, new)) == sources.code(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("radius**2", "radius**3"),
+        ("math.pi", "math.tau"),
+        ("def area(radius):", "def area(radius, /):"),
+        ("    return", "    if radius:\n        return"),
+    ],
+)
+def test_code_counts(old, new):
+    assert old in SOURCE
+    assert sources.code(SOURCE.replace(old, new)) != sources.code(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ('x = "a  # b"', 'x = "a  # c"'),
+        ('x = """\n# one\n"""', 'x = """\n# two\n"""'),
+        ('x = """\na\n\nb"""', 'x = """\na\nb"""'),
+        ('def f(): "text"; return 1', 'def f(): "text"; return 2'),
+    ],
+)
+def test_text_that_only_looks_like_a_comment_counts(first, second):
+    assert sources.code(first) != sources.code(second)
+
+
+# ---------------------------------------------------------------- what it depends on
+
+EXAMPLE = """
+import math
+
+from nlhelpers import noise
+from nlhelpers.losses import cross_entropy as loss
+
+FACTOR = {"a": [1, 2], "b": {3}}
+UNUSED = 7
+ALIAS = int | None
+
+
+def start(x):
+    return Middle().last(x) + FACTOR["a"][0] + noise.check_rate(0.5)
+
+
+class Middle:
+    def last(self, x: ALIAS):
+        return KINDS["one"](x), math.pi
+
+
+def one(x):
+    return x
+
+
+def two(x):
+    return loss(x)
+
+
+KINDS = {"one": one, "two": two}
+"""
+
+
+def example(tmp_path, source):
+    """Definitions behind `start`, in a module of the package with this source."""
+    path = tmp_path / f"example{len(list(tmp_path.iterdir()))}.py"
+    path.write_text(source)
+    name = f"nlhelpers.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        found = sources.definitions(module.start)
+    finally:
+        del sys.modules[name]
+    return {key.replace(path.stem, "example"): text for key, text in found.items()}
+
+
+def test_what_is_named_counts_and_nothing_else(tmp_path):
+    found = example(tmp_path, EXAMPLE)
+    own = {"start", "Middle"}
+    assert set(found) == {
+        *(f"nlhelpers.example.{name}" for name in own),
+        "nlhelpers.noise.check_rate",
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return KINDS", "return 2, KINDS"),
+        ('FACTOR["a"]', 'FACTOR["b"]'),
+        ("noise.check_rate(0.5)", "noise.check_labels(x, 2)"),
+        ("math.pi", "two(x)"),
+    ],
+)
+def test_a_change_of_what_is_named_counts(tmp_path, old, new):
+    assert old in EXAMPLE
+    assert example(tmp_path, EXAMPLE.replace(old, new)) != example(tmp_path, EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("UNUSED = 7", "UNUSED = 8"),
+        ("    return loss(x)", "    return loss(x) + 1"),
+        ('"two": two}', '"two": two, "three": two}'),
+        ("def start(x):", "def start(x):\n    # Why.\n"),
+    ],
+)
+def test_a_change_elsewhere_does_not(tmp_path, old, new):
+    assert old in EXAMPLE
+    assert example(tmp_path, EXAMPLE.replace(old, new)) == example(tmp_path, EXAMPLE)
+
+
+def test_constants_count_with_their_value(tmp_path):
+    source = EXAMPLE.replace('{"a": [1, 2], "b": {3}}', '{"a": [1, 2]}')
+    found = example(tmp_path, source)
+    assert found["nlhelpers.example: FACTOR"] == '{"a": [1, 2]}'
+    assert example(tmp_path, source.replace("[1, 2]", "[1, 3]")) != found
+
+
+RUNS = [
+    *(Spec(method, profile="smoke") for method in METHODS),
+    Spec("two-stage", profile="smoke", num_clean=50, noise="pair-flip"),
+    Spec("two-stage", profile="smoke", settings={"consistency": "pi"}),
+    Spec(profile="smoke", model="resnet14", noise="asymmetric-swap", noise_rate=0.6),
+]
+# What runs around a run, or stands in its record by value.
+AROUND = ("experiments", "records", "profiles", "sources", "methods")
+
+
+@pytest.mark.parametrize("spec", RUNS, ids=str)
+def test_every_function_that_runs_counts(spec, cpu, monkeypatch):
+    monkeypatch.setattr(records, "source_hash", lambda *made_by, **k: (made_by, k))
+    made_by, besides = experiments.source(spec)
+    covered = set(sources.definitions(*made_by, **besides))
+    ran = set()
+
+    def note(frame, event, argument):
+        module = frame.f_globals.get("__name__", "")
+        name = frame.f_code.co_qualname.split(".")[0]
+        own = sources.in_package(module) and not name.startswith(("<", "__"))
+        if event == "call" and own:
+            ran.add(f"{module}.{name}")
+
+    sys.setprofile(note)
+    try:
+        experiments.run(spec, cpu)
+    finally:
+        sys.setprofile(None)
+    around = tuple(f"nlhelpers.{name}." for name in AROUND)
+    makers = {name for name in ran if not name.startswith(around)}
+    makers |= {name for name in ran if name.startswith("nlhelpers.methods.")}
+    assert len(makers) > 20
+    assert makers <= covered
+
+
+def test_every_constant_in_reach_is_understood(cpu):
+    """What is neither code, data nor a type would change unseen."""
+    package = Path(sources.__file__).parent
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        module = sys.modules.get(name)
+        if module is None or path.stem in AROUND:
+            continue
+        own = {k: v for k, v in vars(module).items() if not k.startswith("__")}
+        for constant, value in own.items():
+            data = sources.as_json(value) is not None
+            assert data or understood(value), f"{name}.{constant} = {value!r}"
+
+
+def understood(value):
+    """Whether a value is code, a type, a registry, or made of types."""
+    if isinstance(value, dict):
+        return all(map(understood, value.values()))
+    if isinstance(value, tuple):
+        return all(map(understood, value))
+    aliases = ("types", "typing", "collections.abc")
+    return callable(value) or type(value).__module__ in aliases or ismodule(value)
+
+
+# ---------------------------------------------------------------- the hash
+
+
+def test_the_hash_follows_method_model_data_and_noise():
+    base = Spec(profile="smoke")
+    others = [
+        Spec("two-stage", profile="smoke"),
+        Spec(profile="smoke", model="resnet14"),
+        Spec(profile="smoke", dataset="mnist"),
+        Spec(profile="smoke", noise="pair-flip"),
+    ]
+    assert len({experiments.source(spec) for spec in [base, *others]}) == 5
+
+
+def test_the_hash_does_not_repeat_what_the_record_holds():
+    base = experiments.source(Spec("two-stage"))
+    for change in (
+        {"seed": 1},
+        {"profile": "paper"},
+        {"noise_rate": 0.4},
+        {"settings": {"threshold": 0.8}},
+    ):
+        assert experiments.source(Spec("two-stage", **change)) == base
