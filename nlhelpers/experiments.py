@@ -309,13 +309,21 @@ def spec_of(record: Record) -> Spec | None:
         return None
 
 
+def recipe_of(record: Record) -> Recipe | None:
+    """How a record's networks were trained; None if today's code cannot say it."""
+    try:
+        return Recipe(**record["recipe"])
+    except (KeyError, TypeError):
+        return None
+
+
 def is_current(record: Record) -> bool:
     """Whether today's code, profiles included, would make this record again."""
     spec = spec_of(record)
     return (
         spec is not None
         and record.get("source") == source(spec)
-        and record.get("recipe") == dataclasses.asdict(spec.recipe)
+        and recipe_of(record) == spec.recipe
     )
 
 

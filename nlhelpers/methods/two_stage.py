@@ -51,7 +51,7 @@ def two_stage(
             exactly that share is kept (Table 1).
         consistency: "temporal" ensembling, or the "pi" model (Algorithm 1).
         alpha: largest weight of the consistency term in Eq. 2; None is Laine and Aila's
-            30 ("temporal") or 100 ("pi") times the labelled share, over K.
+            30 ("temporal") or 100 ("pi") over K.
         fixed_alpha: hold alpha constant, as the paper does on large data.
         decay: a of the temporal ensemble.
         noise_std: of the Gaussian noise layer in stage 2.
@@ -79,9 +79,11 @@ def two_stage(
     labels = torch.cat([data.labels, data.clean_labels])
     labelled = torch.cat([kept, torch.ones_like(data.clean_labels, dtype=torch.bool)])
     if alpha is None:
-        # Eq. 1 sums over the K classes where Laine and Aila average.
-        alpha = LARGEST[consistency] * labelled.double().mean() / data.num_classes
-    weight = Balance(float(alpha), fixed_alpha, setup.recipe.epochs, images.device)
+        # Eq. 1 sums over the K classes where Laine and Aila average. They scale by the
+        # labelled share, as they divide the supervised term by the whole batch; Eq. 2
+        # divides it by the labelled images alone, so the share cancels.
+        alpha = LARGEST[consistency] / data.num_classes
+    weight = Balance(alpha, fixed_alpha, setup.recipe.epochs, images.device)
     term = Pi if consistency == "pi" else TemporalEnsemble
     yield from stage2(
         student,
