@@ -58,7 +58,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     """One row per group of records that differ in their seed alone.
 
     Accuracies and rates are in percent; `std` is the sample standard deviation over the
-    seeds, NaN for one seed.
+    seeds, NaN for one seed. Network, clean set and T have a column where they differ.
     """
     columns = {
         "last": ("last_accuracy", "mean"),
@@ -69,14 +69,15 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
         "seconds": ("seconds", "mean"),
     }
     by = ["method", "settings", "dataset", "noise", "rate", "profile", "device"]
-    by += ["model", "num_clean", "transition"]
+    varying = ["model", "num_clean", "transition"]
     shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
     shown += ["realised", "seeds", "seconds", "profile", "device"]
     if not done:
         return pd.DataFrame(columns=shown)
     rows = pd.DataFrame([flat(record) for record in done])
-    table = rows.groupby(by, sort=False, dropna=False).agg(**columns).reset_index()
-    return table[shown].round(2)
+    groups = rows.groupby(by + varying, sort=False, dropna=False)
+    shown[2:2] = [name for name in varying if rows[name].nunique() > 1]
+    return groups.agg(**columns).reset_index()[shown].round(2)
 
 
 def flat(record: Record) -> Record:

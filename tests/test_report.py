@@ -67,3 +67,12 @@ def test_the_page_marks_shades_and_leaves_out():
 def test_no_records_give_the_same_columns():
     assert list(report.measured(TABLE, [])) == list(report.measured(TABLE, [record(1)]))
     assert list(report.summary([])) == list(report.summary([record(1.0)]))
+
+
+def test_the_summary_groups_seeds_and_shows_what_differs():
+    done = [record(0.90, seed=0), record(0.94, seed=1)]
+    (line,) = report.summary(done).to_dict("records")
+    assert (line["last"], line["seeds"], line["rate"]) == (92, 2, 0.6)
+    assert "num_clean" not in line and "model" not in line
+    lines = report.summary([*done, record(0.5, num_clean=5)]).to_dict("records")
+    assert [line["num_clean"] for line in lines] == [0, 5]
