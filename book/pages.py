@@ -14,6 +14,7 @@ ORDER = (
     "losses",
     "models",
     "data",
+    "batches",
     "training",
     "methods",
     "evaluation",

@@ -73,10 +73,12 @@ class NoisyData:
         images: (N, C, H, W) uint8, to train on.
         labels: (N,) int64, as given: noisy.
         val_images: (V, C, H, W) uint8.
-        val_labels: (V,) int64, as noisy as `labels`.
+        val_labels: (V,) int64, as noisy as `labels`, unless the method's paper
+            validates on labels checked by hand.
         num_classes: K.
         clean_images: (M, C, H, W) uint8, the paper's small clean set; M may be 0.
         clean_labels: (M,) int64, checked by hand, so true.
+        clean_given_labels: (M,) int64, what was given before they were checked.
     """
 
     images: Tensor
@@ -86,6 +88,7 @@ class NoisyData:
     num_classes: int
     clean_images: Tensor
     clean_labels: Tensor
+    clean_given_labels: Tensor
 
     def to(self, device: torch.device) -> "NoisyData":
         """The same on `device`, images in channels-last layout."""
@@ -119,7 +122,7 @@ def _to(bundle, device: torch.device):
     moved = {}
     for field in dataclasses.fields(bundle):
         value = getattr(bundle, field.name)
-        if isinstance(value, Tensor) and value.ndim == 4:
+        if getattr(value, "ndim", None) == 4:  # images, be it a tensor or files
             value = value.to(device, memory_format=torch.channels_last)
         elif isinstance(value, Tensor):
             value = value.to(device)
@@ -134,6 +137,7 @@ def split(
     *,
     val_share: float = 0.1,
     num_clean: int = 0,
+    clean_val: bool = False,
     limit: int | None = None,
 ) -> tuple[NoisyData, Truth]:
     """Divide a training set at random into train, validation and clean images.
@@ -144,6 +148,7 @@ def split(
         generator: a CPU generator; decides which image goes where.
         val_share: share left out for validation (Ding et al. 2018 leave out 10 %).
         num_clean: images with true labels, taken from the training part.
+        clean_val: validate on true labels, as some papers do.
         limit: train, validate and test on so many images in all; None is all of them.
     """
     noise.check_labels(noisy_labels, dataset.num_classes)
@@ -164,10 +169,11 @@ def split(
         images=dataset.images[train],
         labels=noisy_labels[train],
         val_images=dataset.images[val],
-        val_labels=noisy_labels[val],
+        val_labels=(dataset.labels if clean_val else noisy_labels)[val],
         num_classes=dataset.num_classes,
         clean_images=dataset.images[clean],
         clean_labels=dataset.labels[clean],
+        clean_given_labels=noisy_labels[clean],
     )
     truth = Truth(
         labels=dataset.labels[train],

@@ -237,6 +237,7 @@ def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
         generator,
         val_share=spec.recipe.val_share,
         num_clean=spec.num_clean,
+        clean_val=METHODS[spec.method].clean_validation,
         limit=spec.recipe.limit,
     )
     return seen.to(device), truth.to(device)
@@ -271,7 +272,7 @@ def run(
             progress(event)
     return {
         "spec": spec.as_dict(),
-        "recipe": dataclasses.asdict(spec.recipe),
+        "recipe": spec.recipe.as_dict(),
         "images": len(seen.labels),
         "realised_rate": noise.realised_rate(seen.labels, truth.labels),
         **evaluation.outcome(history),

@@ -1,4 +1,4 @@
-"""One visible training loop: batches, augmentation, schedule, validation.
+"""One visible training loop: optimiser, schedule, validation.
 
 `fit` is a generator. It yields after every epoch, so that a method can do its own work
 between epochs and so that whoever runs the method can evaluate the network without the
@@ -6,14 +6,17 @@ method ever holding the truth.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
+from nlhelpers import batches as drawn
 from nlhelpers import models
 from nlhelpers.data import NoisyData
 
@@ -31,13 +34,16 @@ class Recipe:
 
     Attributes:
         epochs: of each training a method does.
-        batch_size: images per step.
+        batch_size: images per step, over all processes together.
         optimiser: "sgd", "adagrad" or "adam".
         learning_rate: at the start.
         momentum: of SGD.
         weight_decay: L2 penalty.
-        patience: epochs without a better validation accuracy until the rate is halved.
-        min_learning_rate: where the halving ends.
+        factor: what the learning rate is multiplied by when it falls.
+        patience: epochs without a better validation accuracy until it falls.
+        falls_after: epochs after which it falls, whatever the validation says; if any
+            are named, `patience` has no say.
+        min_learning_rate: where the falling by `patience` ends.
         crop: pixels of reflected border for random crops; 0 for none.
         flip: whether images are mirrored at random.
         val_share: share of the training set that is left out for validation.
@@ -50,12 +56,23 @@ class Recipe:
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
+    factor: float = 0.5
     patience: int = 10
+    falls_after: tuple[int, ...] = ()
     min_learning_rate: float = 1e-7
     crop: int = 0
     flip: bool = False
     val_share: float = 0.1
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Bring lists, as JSON has them, to tuples."""
+        object.__setattr__(self, "falls_after", tuple(self.falls_after))
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        return values | {"falls_after": list(self.falls_after)}
 
 
 @dataclass(frozen=True)
@@ -140,27 +157,18 @@ def fit(
     """
     recipe = setup.recipe
     optimiser = make_optimiser(model, recipe)
-    # torch lowers the rate when more than `patience` epochs in a row were no better.
-    halve = ReduceLROnPlateau(
-        optimiser,
-        mode="max",
-        factor=0.5,
-        patience=recipe.patience - 1,
-        threshold=0.0,
-        min_lr=recipe.min_learning_rate,
-    )
-    view = augmentation(images, recipe, setup.generator)
-    step = compiled(step, images.device)
+    lower_rate = make_schedule(optimiser, recipe)
+    load = drawn.loader(images, recipe.crop, recipe.flip, setup.generator, views)
+    objective = replicated(Objective(model, compiled(step, images.device)))
     precision = autocast(model, images.device)
     for number in range(1, recipe.epochs + 1):
         model.train()
         started = time.perf_counter()
         rate = optimiser.param_groups[0]["lr"]
         losses, seen = [], 0
-        for index in batches():
-            inputs = [view(index) for _ in range(views)]
+        for index, *inputs in load(batches()):
             with precision:
-                loss = step(model, index, *inputs)
+                loss = objective(index, *inputs)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -169,13 +177,39 @@ def fit(
         loss = mean_loss(losses, stage, number)  # waits for the device
         seconds = time.perf_counter() - started
         accuracy = validate(model)
-        halve.step(accuracy)
+        lower_rate(accuracy)
         yield Epoch(stage, number, model, loss, accuracy, rate, seen, seconds)
+
+
+class Objective(nn.Module):
+    """A step as a module, so that a replica averages the gradients of any method."""
+
+    def __init__(self, model: nn.Module, step: Step) -> None:
+        """Keep both."""
+        super().__init__()
+        self.model = model
+        self.step = step
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The loss of one batch."""
+        return self.step(self.model, *inputs)
+
+
+def replicated(objective: Objective) -> nn.Module:
+    """The objective; of several processes, the replica that averages their gradients.
+
+    Each takes every n-th image of a batch: see `batches.share`.
+    """
+    together = distributed.is_available() and distributed.is_initialized()
+    return DistributedDataParallel(objective) if together else objective
 
 
 def mean_loss(losses: list[Tensor], stage: str, epoch: int) -> float:
     """Mean of an epoch's losses; stops the run at the first that is not finite."""
     values = torch.stack(losses).double()  # whose mean does not overflow
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
     bad = ~values.isfinite()
     if bad.any():
         step = int(bad.nonzero()[0])
@@ -203,103 +237,23 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return kind(model.parameters(), fused=True, **options)
 
 
-def uniform_batches(count: int, setup: Setup) -> Iterator[Tensor]:
-    """One pass over 0 .. count - 1 in random order, the incomplete batch left out."""
-    batch_size = min(setup.recipe.batch_size, count)
-    size = count - count % batch_size
-    return iter(repeated(count, size, setup.generator).split(batch_size))
-
-
-def balanced_batches(
-    labels: Tensor, setup: Setup, size: int | None = None
-) -> Iterator[Tensor]:
-    """An epoch of `size` indices (as many as labels, if None), classes equally often.
-
-    Rare classes are over-sampled (Ding et al. 2018, section 3.3).
-    """
-    size = len(labels) if size is None else size
-    batch_size = min(setup.recipe.batch_size, size)
-    size -= size % batch_size
-    return iter(balanced(labels, size, setup.generator).split(batch_size))
-
-
-def repeated(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """`size` indices below `count`: passes in random order, the last one cut off."""
-    passes = [
-        torch.randperm(count, generator=generator, device=generator.device)
-        for _ in range(-(-size // count))
-    ]
-    return torch.cat(passes)[:size]
-
-
-def balanced(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """`size` indices into labels (N,), classes equally often, in random order.
-
-    Within a class no index is used twice before every other has been used once.
-    A class without a label is left out.
-    """
-
-    def shuffle(count: int) -> Tensor:
-        return torch.randperm(count, generator=generator, device=labels.device)
-
-    order = shuffle(len(labels))
-    order = order[labels[order].argsort(stable=True)]  # random within each class
-    counts = labels.bincount()
-    starts = (counts.cumsum(0) - counts)[counts > 0]
-    counts = counts[counts > 0]
-    place = torch.arange(size, device=labels.device)
-    # Which class gets one image more than another is drawn anew each time.
-    which = shuffle(len(counts))[place % len(counts)]
-    turn = place // len(counts)
-    return order[starts[which] + turn % counts[which]][shuffle(size)]
-
-
-def augmentation(
-    images: Tensor, recipe: Recipe, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    """A function from indices (B,) to augmented images (B, C, H, W) uint8.
-
-    A crop and a flip are one gather: each image of the batch picks its own rows and
-    columns from the bordered original.
-    """
-    channels, height, width = images.shape[1:]
-    device = images.device
-    if not recipe.crop and not recipe.flip:
-        # Whole rows of bytes: on a CPU, many times faster than images[index].
-        flat = images.permute(0, 2, 3, 1).flatten(1)
-        return lambda index: (
-            flat.index_select(0, index)
-            .view(-1, height, width, channels)
-            .permute(0, 3, 1, 2)
-        )
-    border = reflect(images, recipe.crop).permute(0, 2, 3, 1).contiguous()
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-
-    def draw(high: int, count: int) -> Tensor:
-        return torch.randint(high, (count, 1), generator=generator, device=device)
-
-    def view(index: Tensor) -> Tensor:
-        count = len(index)
-        down = rows + draw(2 * recipe.crop + 1, count)
-        right = columns + draw(2 * recipe.crop + 1, count)
-        if recipe.flip:
-            mirrored = draw(2, count).bool()
-            right = torch.where(mirrored, right.flip(1), right)
-        picked = border[index[:, None, None], down[:, :, None], right[:, None, :]]
-        return picked.permute(0, 3, 1, 2)  # channels-last in memory
-
-    return view
-
-
-def reflect(images: Tensor, border: int) -> Tensor:
-    """Images (N, C, H, W) with `border` pixels mirrored on each side."""
-
-    def mirror(size: int) -> Tensor:
-        place = torch.arange(-border, size + border, device=images.device).abs()
-        return torch.where(place >= size, 2 * (size - 1) - place, place)
-
-    return images[:, :, mirror(images.shape[2])][:, :, :, mirror(images.shape[3])]
+def make_schedule(
+    optimiser: torch.optim.Optimizer, recipe: Recipe
+) -> Callable[[float], None]:
+    """A function that takes an epoch's validation accuracy and lowers the rate."""
+    if recipe.falls_after:
+        steps = MultiStepLR(optimiser, recipe.falls_after, gamma=recipe.factor)
+        return lambda accuracy: steps.step()
+    # torch lowers the rate when more than `patience` epochs in a row were no better.
+    plateau = ReduceLROnPlateau(
+        optimiser,
+        mode="max",
+        factor=recipe.factor,
+        patience=recipe.patience - 1,
+        threshold=0.0,
+        min_lr=recipe.min_learning_rate,
+    )
+    return plateau.step
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import data, experiments, losses, records, training
+from nlhelpers import batches, data, experiments, losses, records, training
 from nlhelpers.experiments import Spec
 from nlhelpers.training import Setup
 
@@ -62,7 +62,7 @@ def looped(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[],
     epochs = training.fit(
         model,
         seen.images,
-        lambda: training.uniform_batches(len(seen.images), setup),
+        lambda: batches.uniform(len(seen.images), BATCH_SIZE, setup.generator),
         step,
         setup,
         lambda model: 0.0,

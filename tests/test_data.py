@@ -92,6 +92,17 @@ def test_every_label_stays_with_its_image(numbered, generator):
     assert torch.equal(truth.index, train)
 
 
+def test_clean_images_keep_what_they_were_given(numbered, generator):
+    noisy = (numbered.labels + 1) % 4
+    for clean_val in (False, True):
+        seen, truth = data.split(
+            numbered, noisy, generator, num_clean=10, clean_val=clean_val
+        )
+        assert torch.equal(seen.clean_given_labels, (seen.clean_labels + 1) % 4)
+        given = truth.val_labels if clean_val else (truth.val_labels + 1) % 4
+        assert torch.equal(seen.val_labels, given)
+
+
 def test_limit_and_share(numbered, generator):
     given = numbered.labels
     seen, truth = data.split(numbered, given, generator, val_share=0.25, limit=40)

@@ -358,7 +358,7 @@ def test_the_time_budget_stops_between_runs(path, cpu, monkeypatch, capsys):
 def fake_record(spec):
     return {
         "spec": spec.as_dict(),
-        "recipe": dataclasses.asdict(spec.recipe),
+        "recipe": spec.recipe.as_dict(),
         "source": experiments.source(spec),
     }
 

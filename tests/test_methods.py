@@ -487,6 +487,7 @@ def test_a_method_gets_noisy_labels_only(cpu):
         "num_classes",
         "clean_images",
         "clean_labels",
+        "clean_given_labels",
     }
     assert (seen.labels != truth.labels).any()
     assert (seen.val_labels != truth.val_labels).any()

@@ -2,145 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nlhelpers import losses, models, training
+from nlhelpers import batches, experiments, losses, models, training
+from nlhelpers.experiments import Spec
 from nlhelpers.training import DivergenceError, Recipe
-
-
-def counts(index, size):
-    return torch.bincount(index, minlength=size)
-
-
-# ---------------------------------------------------------------- batches
-
-
-def test_balanced_draws_classes_and_their_members_equally_often(generator):
-    labels = torch.tensor([0] * 50 + [1] * 7 + [3] * 3)[
-        torch.randperm(60, generator=generator)
-    ]
-    index = training.balanced(labels, 300, generator)
-    assert counts(labels[index], 4).tolist() == [100, 100, 0, 100]
-    for label, members in ((0, 50), (1, 7), (3, 3)):
-        drawn = counts(index, 60)[labels == label]
-        assert len(drawn) == members
-        assert drawn.max() - drawn.min() <= 1
-
-
-def test_balanced_with_a_remainder(generator):
-    labels = torch.tensor([0, 0, 0, 1, 2, 2])
-    extra = torch.zeros(3)
-    for _ in range(200):
-        drawn = counts(labels[training.balanced(labels, 10, generator)], 3)
-        assert sorted(drawn.tolist()) == [3, 3, 4]
-        extra += drawn - 3
-    assert (extra > 30).all()  # each class in its turn, 67 times on average
-
-
-def test_balanced_order_is_random(generator):
-    labels = torch.arange(4).repeat_interleave(25)
-    first = labels[training.balanced(labels, 100, generator)]
-    second = labels[training.balanced(labels, 100, generator)]
-    assert not torch.equal(first, second)
-    # 4 classes in random order: half of the changes would be missing in a sorted one.
-    assert (first[1:] != first[:-1]).sum() > 50
-
-
-def test_repeated_is_whole_passes_in_random_order(generator):
-    index = training.repeated(10, 25, generator)
-    assert len(index) == 25
-    for start in (0, 10):
-        assert sorted(index[start : start + 10].tolist()) == list(range(10))
-    assert counts(index, 10).max() == 3
-    assert index[:10].tolist() != index[10:20].tolist() != list(range(10))
-
-
-def test_uniform_batches_are_one_pass_in_whole_batches(make_setup):
-    batches = list(training.uniform_batches(100, make_setup(batch_size=32)))
-    assert [len(batch) for batch in batches] == [32, 32, 32]
-    assert counts(torch.cat(batches), 100).max() == 1
-    (only,) = training.uniform_batches(10, make_setup(batch_size=32))
-    assert sorted(only.tolist()) == list(range(10))
-
-
-def test_balanced_batches(make_setup):
-    labels = torch.tensor([0] * 90 + [1] * 10)
-    setup = make_setup(batch_size=32)
-    batches = list(training.balanced_batches(labels, setup))
-    assert [len(batch) for batch in batches] == [32, 32, 32]
-    assert counts(labels[torch.cat(batches)], 2).tolist() == [48, 48]
-    batches = list(training.balanced_batches(labels, setup, size=200))
-    assert [len(batch) for batch in batches] == [32] * 6
-    (only,) = training.balanced_batches(labels[85:], setup)
-    assert len(only) == 15
-
-
-# ---------------------------------------------------------------- augmentation
-
-
-def distinct_images(count=5, channels=3, size=6):
-    generator = torch.Generator().manual_seed(3)
-    shape = (count, channels, size, size)
-    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("border", [0, 1, 3])
-def test_reflect_against_numpy(border):
-    images = distinct_images()
-    pad = [(0, 0), (0, 0), (border, border), (border, border)]
-    expected = np.pad(images.numpy(), pad, mode="reflect")
-    assert np.array_equal(training.reflect(images, border).numpy(), expected)
-
-
-def find_view(picture, original, crop):
-    """Offsets and flip that make `picture` of `original`, by a plain search."""
-    pad = [(0, 0), (crop, crop), (crop, crop)]
-    border = np.pad(original.numpy(), pad, mode="reflect")
-    size = original.shape[-1]
-    return [
-        (down, right, flip)
-        for down in range(2 * crop + 1)
-        for right in range(2 * crop + 1)
-        for flip in (False, True)
-        for cut in [border[:, down : down + size, right : right + size]]
-        if np.array_equal(picture.numpy(), cut[:, :, ::-1] if flip else cut)
-    ]
-
-
-@pytest.mark.parametrize(("crop", "flip"), [(2, True), (2, False), (0, True)])
-def test_each_view_is_a_crop_of_its_own_image(crop, flip, generator):
-    images = distinct_images()
-    recipe = Recipe(epochs=1, crop=crop, flip=flip)
-    index = torch.arange(5).repeat(80)
-    views = training.augmentation(images, recipe, generator)(index)
-    assert views.dtype == torch.uint8
-    seen = set()
-    for picture, k in zip(views, index.tolist(), strict=True):
-        (found,) = find_view(picture, images[k], crop)
-        seen.add(found)
-    shifts = range(2 * crop + 1)
-    flips = (False, True) if flip else (False,)
-    assert seen == {(d, r, f) for d in shifts for r in shifts for f in flips}
-
-
-def test_half_of_the_views_are_flipped(generator):
-    images = distinct_images()
-    view = training.augmentation(images, Recipe(epochs=1, flip=True), generator)
-    same = (view(torch.zeros(400).long()) == images[0]).flatten(1).all(1)
-    assert 160 <= same.sum() <= 240  # 4 standard deviations around 200
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_no_augmentation_picks_the_images(channels, generator):
-    images = distinct_images(channels=channels)
-    index = torch.tensor([4, 0, 0, 2])
-    view = training.augmentation(images, Recipe(epochs=1), generator)
-    assert torch.equal(view(index), images[index])
-
 
 # ---------------------------------------------------------------- the schedule
 
@@ -158,7 +26,7 @@ def train(setup, seen, validate=lambda model: 0.0, step=None, views=1):
     return training.fit(
         model,
         seen.images,
-        lambda: training.uniform_batches(len(seen.labels), setup),
+        lambda: batches.uniform(len(seen.labels), 32, setup.generator),
         step or cross_entropy_step(seen.labels),
         setup,
         validate,
@@ -233,6 +101,19 @@ def test_optimisers_against_their_published_rules(optimiser):
         found.step()
     expected = plain_steps(optimiser, 2.0, gradients, 0.1, 0.8, 0.01)
     assert model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rate_falls_after_the_named_epochs(prepared, make_setup):
+    seen, _ = prepared
+    setup = make_setup(
+        epochs=5, learning_rate=0.01, factor=0.1, falls_after=[2, 4], patience=1
+    )
+    found = rates(seen, setup, [0.5] * 5)  # never better, but that has no say
+    assert found == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001])
+
+
+def test_recipes_with_the_same_values_are_equal():
+    assert Recipe(epochs=1, falls_after=[2]) == Recipe(epochs=1, falls_after=(2,))
 
 
 def test_unknown_optimiser():
@@ -409,7 +290,7 @@ def test_devices(monkeypatch):
 
 
 def test_bf16_is_for_convolutions_alone_on_a_cpu(monkeypatch, cpu):
-    images = distinct_images()
+    images = torch.zeros(5, 3, 6, 6, dtype=torch.uint8)
     networks = {name: models.build(name, images, 3) for name in ("mlp", "resnet14")}
 
     def precision(name):
@@ -421,3 +302,50 @@ def test_bf16_is_for_convolutions_alone_on_a_cpu(monkeypatch, cpu):
     assert precision("resnet14")
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: False)
     assert not precision("resnet14")
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def losses_of(rank, world, folder):
+    """Train in one of `world` processes; rank 0 writes what it saw."""
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/meet",
+            rank=rank,
+            world_size=world,
+        )
+    cpu = torch.device("cpu")
+    seen, _ = experiments.prepare(Spec(profile="smoke"), cpu)
+    with training.seeded(0, cpu) as generator:
+        recipe = Recipe(epochs=3, batch_size=64)
+        model = models.build("mlp", seen.images, 10, dropout=0.0)
+        epochs = training.fit(
+            model,
+            seen.images,
+            lambda: batches.uniform(len(seen.labels), 64, generator),
+            cross_entropy_step(seen.labels),
+            training.Setup("mlp", recipe, generator),
+            lambda model: training.accuracy(model, seen.val_images, seen.val_labels),
+            stage="test",
+        )
+        found = [(epoch.loss, epoch.val_accuracy) for epoch in epochs]
+    if rank == 0:
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.save((found, weights), folder / f"of{world}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """The same loss curve and the same weights, for the same batches."""
+    losses_of(0, 1, tmp_path)
+    torch.multiprocessing.spawn(losses_of, (2, tmp_path), nprocs=2)
+    (one, first), (two, second) = (
+        torch.load(tmp_path / f"of{world}.pt") for world in (1, 2)
+    )
+    assert torch.tensor(two).flatten().tolist() == pytest.approx(
+        torch.tensor(one).flatten().tolist(), rel=1e-4
+    )
+    assert torch.allclose(first, second, atol=1e-4)

@@ -22,12 +22,14 @@ class Method:
         title: as the tables of the book print it.
         trainings: how many times it trains a network, for progress bars.
         uses_clean_set: whether it has a use for images with true labels.
+        clean_validation: whether its paper validates on true labels.
     """
 
     run: Callable[..., Iterator[Event]]
     title: str
     trainings: int = 1
     uses_clean_set: bool = False
+    clean_validation: bool = False
 
     @property
     def settings(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from nlhelpers import losses, training
+from nlhelpers import batches, losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.training import Event, Setup
 
@@ -15,11 +15,12 @@ def cross_entropy(data: NoisyData, setup: Setup) -> Iterator[Event]:
     def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return losses.cross_entropy(model(images), data.labels[index]).mean()
 
-    def batches() -> Iterator[Tensor]:
-        return training.uniform_batches(len(data.labels), setup)
+    def epoch() -> Iterator[Tensor]:
+        size = setup.recipe.batch_size
+        return batches.uniform(len(data.labels), size, setup.generator)
 
     def validate(model: nn.Module) -> float:
         return training.accuracy(model, data.val_images, data.val_labels)
 
     model, images, stage = setup.build(data), data.images, "training"
-    yield from training.fit(model, images, batches, step, setup, validate, stage=stage)
+    yield from training.fit(model, images, epoch, step, setup, validate, stage=stage)

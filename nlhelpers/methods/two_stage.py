@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import losses, training
+from nlhelpers import batches, losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.training import Event, Screening, Setup
 
@@ -177,13 +177,12 @@ def stage1_with_clean_set(
     def step(judge: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return losses.one_vs_rest(judge(images), data.clean_labels[index]).mean()
 
-    def batches() -> Iterator[Tensor]:  # as many images as an epoch of noisy ones
-        return training.balanced_batches(
-            data.clean_labels, setup, size=len(data.images)
-        )
+    def epoch() -> Iterator[Tensor]:  # as many images as an epoch of noisy ones
+        batch_size, size = setup.recipe.batch_size, len(data.images)
+        return batches.balanced(data.clean_labels, batch_size, setup.generator, size)
 
     images, validate, stage = data.clean_images, validation(data), "one-vs-rest"
-    yield from training.fit(judge, images, batches, step, setup, validate, stage=stage)
+    yield from training.fit(judge, images, epoch, step, setup, validate, stage=stage)
 
     def positive(images: Tensor, labels: Tensor) -> Tensor:
         logits = training.predict_logits(judge, images)
@@ -219,9 +218,10 @@ def stage2(
     others = others if len(others) else torch.arange(len(images), device=images.device)
     size = len(images) // (2 * half) * half  # of either half in an epoch
 
-    def batches() -> Iterator[Tensor]:
-        known = seeds[training.balanced(labels[seeds], size, setup.generator)]
-        unknown = others[training.repeated(len(others), size, setup.generator)]
+    def epoch() -> Iterator[Tensor]:
+        known = batches.repeated_by_class(labels[seeds], size, setup.generator)
+        unknown = batches.repeated(len(others), size, setup.generator)
+        known, unknown = seeds[known], others[unknown]
         halves = known.view(-1, half), unknown.view(-1, half)
         return iter(torch.cat(halves, dim=1))
 
@@ -233,19 +233,19 @@ def stage2(
         return supervised.mean() + alpha.now * difference.mean()  # Eq. 2
 
     alpha.set(1)
-    for epoch in training.fit(
+    for done in training.fit(
         model,
         images,
-        batches,
+        epoch,
         step,
         setup,
         validate,
         stage="stage 2",
         views=term.views,
     ):
-        yield epoch
+        yield done
         term.end_epoch()
-        alpha.set(epoch.number + 1)
+        alpha.set(done.number + 1)
 
 
 class Balance:
@@ -353,11 +353,12 @@ def train_balanced(
     def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return losses.cross_entropy(model(images), data.labels[index]).mean()
 
-    def batches() -> Iterator[Tensor]:
-        return training.balanced_batches(data.labels, setup)
+    def epoch() -> Iterator[Tensor]:
+        batch_size = setup.recipe.batch_size
+        return batches.balanced(data.labels, batch_size, setup.generator)
 
     images = data.images
-    yield from training.fit(model, images, batches, step, setup, validate, stage=stage)
+    yield from training.fit(model, images, epoch, step, setup, validate, stage=stage)
 
 
 def validation(
