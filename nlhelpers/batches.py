@@ -147,3 +147,9 @@ def share(index: Tensor) -> Tensor:
     if not (distributed.is_available() and distributed.is_initialized()):
         return index
     return index[distributed.get_rank() :: distributed.get_world_size()]
+
+
+@singledispatch
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """Two sets of images, one after the other; other kinds register theirs."""
+    return torch.cat([first, second])

@@ -19,7 +19,7 @@ from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
-from nlhelpers.training import Epoch, Event, Recipe, Setup
+from nlhelpers.training import Auxiliary, Epoch, Event, Recipe, Screening, Setup
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,17 @@ class Spec:
         self._set("num_clean", natural("num_clean", self.num_clean))
         self._check_noise()
         self._set("settings", self._checked_settings())
-        if self.num_clean and not METHODS[self.method].uses_clean_set:
-            able = [name for name, method in METHODS.items() if method.uses_clean_set]
+        use = METHODS[self.method].clean_set
+        if self.num_clean and use == "unused":
+            able = [n for n, method in METHODS.items() if method.clean_set != "unused"]
             raise ValueError(
                 f"num_clean is {self.num_clean}, but {self.method} has no use for a "
                 f"clean set; those that do: {', '.join(able)}"
+            )
+        if not self.num_clean and use == "needed":
+            raise ValueError(
+                f"num_clean is 0, but {self.method} learns from images with true "
+                "labels; set num_clean to how many it may have"
             )
 
     def _check_noise(self) -> None:
@@ -209,6 +215,19 @@ def given(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
     return noise.corrupt(dataset.labels, transition, generator)
 
 
+def random_confusion(
+    spec: Spec, dataset: DataSet, generator: torch.Generator
+) -> Tensor:
+    """A label changes into others with shares that the seed draws."""
+    T = noise.random_confusion(spec.noise_rate, dataset.num_classes, generator)
+    return noise.corrupt(dataset.labels, T, generator)
+
+
+def confusing(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
+    """A label changes into the class that its image looks like."""
+    return noise.confuse(dataset.images, dataset.labels, spec.noise_rate, generator)
+
+
 def human(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
     """What people answered; nothing is drawn."""
     return datasets.human_labels(spec.noise, dataset.labels)
@@ -218,6 +237,8 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
     "symmetric": symmetric,
     "pair-flip": pair_flip,
     **dict.fromkeys(noise.PATHS, published_paths),
+    "random-confusion": random_confusion,
+    "confusing": confusing,
     "given": given,
     **dict.fromkeys(datasets.HUMAN_LABELS, human),
 }
@@ -266,7 +287,7 @@ def run(
         for event in method.run(seen, setup, **dict(spec.settings)):
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
-            else:
+            elif isinstance(event, Screening):
                 right = seen.labels == truth.labels
                 screening = evaluation.screened(event.kept, right)
             progress(event)
@@ -378,6 +399,8 @@ def run_all(
 
 def advance(bar: tqdm, event: Event) -> None:
     """Move the bar by one epoch."""
+    if isinstance(event, Auxiliary):
+        bar.update()
     if isinstance(event, Epoch):
         bar.set_postfix(val=f"{event.val_accuracy:.3f}", refresh=False)
         bar.update()

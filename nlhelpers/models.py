@@ -124,6 +124,63 @@ class ResNet(nn.Sequential):
         he_normal(self)
 
 
+class Scale(nn.Module):
+    """Multiplies by a constant, for networks that expect pixels in other units."""
+
+    def __init__(self, factor: float) -> None:
+        """Keep `factor`."""
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return factor * x."""
+        return self.factor * x
+
+
+# torchvision's networks expect pixels in units of ImageNet's standard deviation.
+IMAGENET_SCALE = 1 / 0.226
+
+
+class CaffeQuick(nn.Sequential):
+    """Caffe's "CIFAR-10 quick": three 5x5 convolutions and two linear layers.
+
+    Widths 32-32-64-64-K, Gaussian weights of the published standard deviations, pixels
+    from 0 to 255 less their mean (Jia et al. 2014; used by the code that the authors of
+    Xiao et al. 2015 published).
+    """
+
+    def __init__(self, shape: torch.Size, num_classes: int) -> None:
+        """Build it for images of `shape` (C, H, W), of 16 pixels or more."""
+        if min(shape[1:]) < 16:
+            raise ValueError(
+                f"caffe-quick takes images of 16 pixels or more, not {tuple(shape[1:])}"
+            )
+
+        def pool(kind: type) -> nn.Module:  # Caffe rounds sizes up
+            return kind(3, stride=2, ceil_mode=True)
+
+        height, width = (side // 8 for side in shape[1:])
+        super().__init__(
+            Scale(255.0),
+            nn.Conv2d(shape[0], 32, 5, padding=2),
+            pool(nn.MaxPool2d),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(32, 32, 5, padding=2),
+            nn.ReLU(inplace=True),
+            pool(nn.AvgPool2d),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(inplace=True),
+            pool(nn.AvgPool2d),
+            nn.Flatten(),
+            nn.Linear(64 * height * width, 64),
+            nn.Linear(64, num_classes),
+        )
+        layers = [x for x in self if isinstance(x, nn.Conv2d | nn.Linear)]
+        for layer, std in zip(layers, (1e-4, 0.01, 0.01, 0.1, 0.1), strict=True):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+
 def he_normal(module: nn.Module) -> None:
     """Draw every weight matrix and kernel from N(0, 2 / fan_in); biases become 0."""
     for layer in module.modules():
@@ -143,16 +200,46 @@ def resnet14(shape: torch.Size, num_classes: int, dropout: float | None) -> ResN
     return ResNet(shape[0], num_classes, dropout=dropout or 0.0)
 
 
+def caffe_quick(
+    shape: torch.Size, num_classes: int, dropout: float | None
+) -> CaffeQuick:
+    """Caffe's "quick" network for images of `shape` (C, H, W); it has no dropout."""
+    return CaffeQuick(shape, num_classes)
+
+
 def resnet50(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.Module:
     """ResNet-50 from torchvision, without weights; dropout before its last layer."""
+    check_colour("resnet50", shape)
+    network = torchvision.models.resnet50(num_classes=num_classes)
+    network.fc = nn.Sequential(nn.Dropout(dropout or 0.0), network.fc)
+    return nn.Sequential(Scale(IMAGENET_SCALE), network)
+
+
+def alexnet(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.Module:
+    """AlexNet from torchvision, without weights; dropout 0.5 unless told."""
+    check_colour("alexnet", shape)
+    if min(shape[1:]) < 63:
+        raise ValueError(
+            f"alexnet takes images of 63 pixels or more, not {tuple(shape[1:])}"
+        )
+    dropout = 0.5 if dropout is None else dropout
+    network = torchvision.models.alexnet(num_classes=num_classes, dropout=dropout)
+    return nn.Sequential(Scale(IMAGENET_SCALE), network)
+
+
+def check_colour(name: str, shape: torch.Size) -> None:
+    """Raise ValueError unless the images (C, H, W) have three channels."""
     if shape[0] != 3:
-        raise ValueError(f"resnet50 takes 3 channels, but the images have {shape[0]}")
-    body = torchvision.models.resnet50(num_classes=num_classes)
-    body.fc = nn.Sequential(nn.Dropout(dropout or 0.0), body.fc)
-    return body
+        raise ValueError(f"{name} takes 3 channels, but the images have {shape[0]}")
 
 
-MODELS = {"mlp": mlp, "resnet14": resnet14, "resnet50": resnet50}
+MODELS = {
+    "mlp": mlp,
+    "resnet14": resnet14,
+    "caffe-quick": caffe_quick,
+    "alexnet": alexnet,
+    "resnet50": resnet50,
+}
 
 
 def build(

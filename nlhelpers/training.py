@@ -126,7 +126,14 @@ class Screening:
     kept: Tensor
 
 
-Event = Epoch | Screening
+@dataclass(frozen=True, eq=False)
+class Auxiliary:
+    """An epoch of a network that answers another question than which class it is."""
+
+    epoch: Epoch
+
+
+Event = Epoch | Auxiliary | Screening
 
 
 def fit(

@@ -59,6 +59,55 @@ def test_bytes_in_logits_out(name, channels, size):
     assert torch.equal(images, before)
 
 
+def test_caffe_quick_has_as_many_parameters_as_the_published_one():
+    network = models.build("caffe-quick", some_images(), 10)
+    conv = 25 * (3 * 32 + 32 * 32 + 32 * 64) + 32 + 32 + 64
+    linear = 4 * 4 * 64 * 64 + 64 + 64 * 10 + 10
+    assert count(network) == conv + linear == 145_578
+
+
+@pytest.mark.parametrize("size", [16, 28, 31, 32])
+def test_caffe_quick_takes_other_sizes(size):
+    images = some_images(size=size)
+    assert models.build("caffe-quick", images, 10)(images).shape == (6, 10)
+
+
+def test_caffe_quick_against_a_plain_one(seeded):
+    images = some_images()
+    network = models.build("caffe-quick", images, 10)
+    w = [p.detach() for p in network.body.parameters()]
+    x = images.float() - network.mean  # 0 to 255
+    x = F.relu(F.max_pool2d(F.conv2d(x, w[0], w[1], padding=2), 3, 2, ceil_mode=True))
+    for k in (2, 4):
+        x = F.relu(F.conv2d(x, w[k], w[k + 1], padding=2))
+        x = F.avg_pool2d(x, 3, 2, ceil_mode=True)
+    x = F.linear(F.linear(x.flatten(1), w[6], w[7]), w[8], w[9])
+    assert torch.allclose(network(images), x, atol=1e-4)
+    spreads = [p.std().item() for p in w[::2]]
+    assert spreads == pytest.approx([1e-4, 0.01, 0.01, 0.1, 0.1], rel=0.1)
+
+
+def test_alexnet_is_the_published_one():
+    images = some_images(size=96, count=2)
+    network = models.build("alexnet", images, 1000)
+    assert count(network) == 61_100_840  # as torchvision documents it
+    assert models.build("alexnet", images, 14)(images).shape == (2, 14)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "message"),
+    [
+        ("alexnet", 1, 96, "3 channels"),
+        ("resnet50", 1, 96, "3 channels"),
+        ("alexnet", 3, 32, "63 pixels"),
+        ("caffe-quick", 3, 8, "16 pixels"),
+    ],
+)
+def test_images_that_a_network_cannot_take(name, channels, size, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(name, some_images(channels, size), 10)
+
+
 def test_resnet50_builds():
     images = some_images(count=2)
     network = models.build("resnet50", images, 10).eval()
@@ -184,7 +233,7 @@ def test_dropout_acts_between_the_convolutions_of_a_unit(seeded):
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_weights_move_between_a_perturbed_and_a_plain_network(name, seeded):
-    images = some_images(count=2)
+    images = some_images(size=64, count=2)
     plain = models.build(name, images, 4)
     perturbed = models.build(name, images, 4, noise_std=0.15, dropout=0.2)
     perturbed.load_state_dict(plain.state_dict())

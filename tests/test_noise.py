@@ -1,5 +1,6 @@
 """Noise: matrices by hand, drawn rates within their spread, estimates by a loop."""
 
+import itertools
 import math
 
 import pytest
@@ -284,3 +285,173 @@ def test_ceiling_by_hand():
 def test_ceiling_without_labels_of_a_class():
     with pytest.raises(ValueError, match="no label of class 0 is left"):
         noise.accuracy_ceiling(double([[0, 1], [0, 1]]), double([0.5, 0.5]))
+
+
+# ---------------------------------------------------------------- Xiao's C and z
+
+
+def pairs_of(counts):
+    """Noisy and true labels that have these counts (noisy i, true j)."""
+    i, j = counts.nonzero(as_tuple=True)
+    times = counts[i, j]
+    return i.repeat_interleave(times), j.repeat_interleave(times)
+
+
+def best_by_brute_force(m, alpha):
+    """max E of Eq. 10 over all 2^L assignments of one column's wrong labels."""
+    best = -math.inf
+    for t in itertools.product((0, 1), repeat=len(m)):
+        confused = sum(n for n, random in zip(m, t, strict=True) if not random)
+        energy = sum(
+            n * (math.log(alpha) if random else math.log(n / confused))
+            for n, random in zip(m, t, strict=True)
+            if n
+        )
+        best = max(best, energy)
+    return best
+
+
+def tables(L):
+    """Random counts: dense, sparse, with ties, and with empty columns."""
+    generator = torch.Generator().manual_seed(L)
+    for high, share in ((50, 1.0), (50, 0.4), (3, 1.0), (3, 0.5), (1000, 0.7)):
+        counts = torch.randint(high + 1, (L, L), generator=generator)
+        keep = torch.rand(L, L, generator=generator) < share
+        yield counts * keep
+        yield counts * keep * (torch.arange(L) != 1)  # true class 1 is never wrong
+    yield torch.full((L, L), 4)
+
+
+@pytest.mark.parametrize("L", [2, 3, 4, 5, 6])
+def test_confusion_is_optimal_among_all_assignments(L):
+    alpha = 1 / (L - 1)
+    for counts in tables(L):
+        wrong = counts.clone().fill_diagonal_(0)
+        if not wrong.any():
+            continue
+        C = noise.estimate_confusion(*pairs_of(counts), L)
+        assert torch.equal(noise.check_confusion(C, L), C)
+        for j in range(L):
+            m = [int(wrong[i, j]) for i in range(L) if i != j]
+            column = [C[i, j].item() for i in range(L) if i != j]
+            ours = sum(
+                n * math.log(max(alpha, c)) for n, c in zip(m, column, strict=True) if n
+            )
+            assert ours == pytest.approx(best_by_brute_force(m, alpha), abs=1e-9)
+            if any(m) and L > 2:  # Lemma 1, and Eq. 11: the more frequent, the larger
+                assert all(c == 0 or c > alpha for c in column)
+                ranked = sorted(zip(m, column, strict=True))
+                assert [c for _, c in ranked] == sorted(column)
+
+
+@pytest.mark.parametrize("L", [3, 6])
+def test_noise_types_follow_theorem_2(L):
+    for counts in tables(L):
+        noisy, true = pairs_of(counts)
+        C = noise.estimate_confusion(noisy, true, L)
+        z = noise.noise_types(noisy, true, C)
+        assert torch.equal(z == noise.NOISE_FREE, noisy == true)
+        confused = (z == noise.CONFUSING).nonzero().flatten().tolist()
+        for n in confused:
+            assert C[noisy[n], true[n]] > 1 / (L - 1)
+        for pair in set(zip(noisy.tolist(), true.tolist(), strict=True)):  # theorem 1
+            same = (noisy == pair[0]) & (true == pair[1])
+            assert len(z[same].unique()) == 1
+
+
+def test_confusion_by_hand():
+    """Wrong labels of true class 0, counted 8, 6, 1 of 7 classes; alpha is 1/6.
+
+    E is 7 log 1/6 = -12.5 if one is confused, 8 log 8/14 + 6 log 6/14 + log 1/6 = -11.4
+    if two are, 8 log 8/15 + 6 log 6/15 + log 1/15 = -13.2 if three are.
+    """
+    counts = torch.zeros(7, 7, dtype=torch.int64)
+    counts[:4, 0] = torch.tensor([70, 8, 6, 1])
+    C = noise.estimate_confusion(*pairs_of(counts), 7)
+    assert C[:, 0].tolist() == pytest.approx([0, 8 / 14, 6 / 14, 0, 0, 0, 0])
+    assert C[:, 1].tolist() == pytest.approx([1 / 6, 0, *[1 / 6] * 5])
+
+
+def test_without_a_wrong_label_there_is_no_confusion():
+    labels = torch.arange(5)
+    assert noise.estimate_confusion(labels, labels, 5) is None
+    z = noise.noise_types(labels, (labels + 1) % 5, None)
+    assert (z == noise.RANDOM).all()
+
+
+def confused_pairs(L, generator):
+    """Pairs of which 30 % are confused, 70 to 30 with two classes, and 10 % random."""
+    C = torch.zeros(L, L, dtype=torch.float64)
+    for j in range(L):
+        C[(j + 1) % L, j], C[(j + 2) % L, j] = 0.7, 0.3
+    true = torch.randint(L, (200_000,), generator=generator)
+    confused = noise.corrupt(true, C.T, generator)
+    random = noise.corrupt(true, noise.symmetric(1.0, L), generator)
+    kind = torch.rand(len(true), generator=generator)
+    noisy = torch.where(kind < 0.6, true, torch.where(kind < 0.9, confused, random))
+    return C, noisy, true
+
+
+def test_confusion_recovers_what_generated_it(generator):
+    C, noisy, true = confused_pairs(14, generator)
+    found = noise.estimate_confusion(noisy, true, 14)
+    assert (found - C).abs().max() < 0.03  # the random labels pull a little
+
+
+def test_with_few_classes_the_rarer_confusion_counts_as_chance(generator):
+    """0.7 log 0.7 + 0.3 log 0.3 < 0.3 log 1/5: Eq. 9 prefers one class of six."""
+    C, noisy, true = confused_pairs(6, generator)
+    found = noise.estimate_confusion(noisy, true, 6)
+    assert torch.equal(found, (C == 0.7).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda C: C[:2], "shape"),
+        (lambda C: C + torch.eye(3) / 10, "diagonal"),
+        (lambda C: C * 0.9, "column 0 sums to 0.9"),
+        (lambda C: -C, "column"),
+    ],
+)
+def test_a_confusion_that_is_none(change, message):
+    C = (1 - torch.eye(3, dtype=torch.float64)) / 2
+    assert torch.equal(noise.check_confusion(C, 3), C)
+    with pytest.raises(ValueError, match=message):
+        noise.check_confusion(change(C), 3)
+
+
+# ---------------------------------------------------------------- noise with shape
+
+
+def test_random_confusion_has_the_rate_and_differs_by_seed():
+    first, second = (
+        noise.random_confusion(0.3, 10, torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    for T in (first, second):
+        noise.check_transition(T, 10)
+        assert torch.allclose(T.diagonal(), torch.tensor(0.7, dtype=torch.float64))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_confusing_noise_has_its_rate_and_hits_ambiguous_images(rate, generator):
+    labels = torch.randint(3, (6000,), generator=generator)
+    spread = torch.randn(6000, 1, 2, 2, generator=generator) * 30
+    images = (60.0 + 60 * labels[:, None, None, None] + spread).clamp(0, 255).byte()
+    noisy = noise.confuse(images, labels, rate, generator)
+    wrong = noisy != labels
+    error = noise.standard_error(rate, 6000)
+    assert abs(wrong.double().mean().item() - rate) <= 4 * error + 1e-9
+    if rate == 0.2:
+        means = images.float().mean(dim=(1, 2, 3))
+        own = torch.stack([means[labels == k].mean() for k in range(3)])
+        other = (means[:, None] - own).abs()
+        other[torch.arange(6000), labels] = torch.inf
+        margin = other.min(dim=1).values - (means - own[labels]).abs()
+        clear = margin > margin.median()
+        assert wrong[~clear].double().mean() > 2 * wrong[clear].double().mean()
+        nearest = other.argmin(dim=1)
+        hits = (noisy == nearest)[wrong & ~clear].double().mean()
+        assert hits > 0.9

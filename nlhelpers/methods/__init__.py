@@ -9,7 +9,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nlhelpers.methods import cross_entropy, improved_baseline, two_stage
+from nlhelpers.methods import (
+    bottom_up,
+    clean_only,
+    cross_entropy,
+    improved_baseline,
+    noise_model,
+    noisy_as_truth,
+    two_stage,
+)
 from nlhelpers.training import Event
 
 
@@ -21,14 +29,14 @@ class Method:
         run: takes `(data, setup, **settings)`, yields events.
         title: as the tables of the book print it.
         trainings: how many times it trains a network, for progress bars.
-        uses_clean_set: whether it has a use for images with true labels.
+        clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
     """
 
     run: Callable[..., Iterator[Event]]
     title: str
     trainings: int = 1
-    uses_clean_set: bool = False
+    clean_set: str = "unused"
     clean_validation: bool = False
 
     @property
@@ -40,10 +48,33 @@ class Method:
 
 METHODS = {
     "cross-entropy": Method(cross_entropy.cross_entropy, "cross-entropy"),
+    # Ding et al. (2018)
     "improved-baseline": Method(
         improved_baseline.improved_baseline, "improved baseline", trainings=2
     ),
-    "two-stage": Method(
-        two_stage.two_stage, "two-stage (ours)", trainings=2, uses_clean_set=True
+    "two-stage": Method(two_stage.two_stage, "two-stage", 2, "optional"),
+    # Xiao et al. (2015)
+    "clean-only": Method(clean_only.clean_only, "clean only", 1, "needed", True),
+    "clean-only-pretrained": Method(
+        clean_only.clean_only_pretrained, "clean only, pretrained", 2, "needed", True
     ),
+    "noisy-as-truth": Method(
+        noisy_as_truth.noisy_as_truth, "noisy as truth", 1, "needed", True
+    ),
+    "noisy-as-truth-pretrained": Method(
+        noisy_as_truth.noisy_as_truth_pretrained,
+        "noisy as truth, pretrained",
+        2,
+        "needed",
+        True,
+    ),
+    "noisy-as-truth-after-clean": Method(
+        noisy_as_truth.noisy_as_truth_after_clean,
+        "noisy as truth, after clean",
+        2,
+        "needed",
+        True,
+    ),
+    "bottom-up": Method(bottom_up.bottom_up, "bottom-up", 2, "needed", True),
+    "noise-model": Method(noise_model.noise_model, "noise model", 3, "needed", True),
 }

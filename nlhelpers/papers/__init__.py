@@ -1,12 +1,14 @@
 """The published tables as data: one file per paper, every value with its cell's run."""
 
-from nlhelpers.papers import ding2018
+from nlhelpers.papers import ding2018, xiao2015
 from nlhelpers.papers.table import Cell, Table
 
 TABLES: dict[str, Table] = {
     "ding2018-table1": ding2018.TABLE1,
     "ding2018-table2": ding2018.TABLE2,
     "ding2018-table3": ding2018.TABLE3,
+    "xiao2015-table2": xiao2015.TABLE2,
+    "xiao2015-cifar10": xiao2015.CIFAR10,
 }
 
 __all__ = ["TABLES", "Cell", "Table"]

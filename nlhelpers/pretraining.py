@@ -1,0 +1,91 @@
+"""Networks that do not start from random weights.
+
+Where torchvision has weights of ImageNet, those. The small networks have none; they
+start from a stand-in that needs no label either: telling by how much an image was
+turned (Gidaris et al. 2018).
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from nlhelpers import batches, losses, training
+from nlhelpers.data import DataError, NoisyData
+from nlhelpers.models import Network
+from nlhelpers.training import Auxiliary, Setup
+
+IMAGENET = {
+    "alexnet": "AlexNet_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+}
+
+
+def pretrained(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Network]:
+    """A network for the data whose layers, but for the last, have been trained.
+
+    Raises:
+        DataError: if the weights of ImageNet cannot be downloaded.
+    """
+    if setup.model in IMAGENET:
+        return imagenet(data, setup)
+    network = yield from rotation(data, setup)
+    return network
+
+
+def imagenet(data: NoisyData, setup: Setup) -> Network:
+    """The network with torchvision's weights of ImageNet (Deng et al. 2009)."""
+    network = setup.build(data)
+    published = torchvision.models.get_weight(IMAGENET[setup.model])
+    try:
+        weights = published.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"the ImageNet weights of {setup.model} could not be downloaded ({error}); "
+            f"put {published.url.rpartition('/')[2]} into "
+            f"{torch.hub.get_dir()}/checkpoints"
+        ) from error
+    transfer(weights, network.body[-1])
+    return network
+
+
+def rotation(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Network]:
+    """Train to tell turns of 0, 90, 180 and 270 degrees apart, on all noisy images."""
+    turner = setup.build(replace(data, num_classes=4))
+
+    def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+        parts = images.tensor_split(4)
+        labels = [torch.full((len(part),), k) for k, part in enumerate(parts)]
+        turns = [part.rot90(k, (2, 3)) for k, part in enumerate(parts)]
+        return torch.cat(turns), torch.cat(labels).to(images.device)
+
+    def step(turner: nn.Module, index: Tensor, images: Tensor) -> Tensor:
+        images, labels = turned(images)
+        return losses.cross_entropy(turner(images), labels).mean()
+
+    def epoch() -> Iterator[Tensor]:
+        size = setup.recipe.batch_size
+        return batches.uniform(len(data.images), size, setup.generator)
+
+    val_images, val_turns = turned(data.val_images)
+
+    def validate(turner: nn.Module) -> float:
+        return training.accuracy(turner, val_images, val_turns)
+
+    images, stage = data.images, "rotation"
+    for done in training.fit(turner, images, epoch, step, setup, validate, stage=stage):
+        yield Auxiliary(done)
+    network = setup.build(data)
+    transfer(turner.body.state_dict(), network.body)
+    return network
+
+
+def transfer(weights: dict[str, Tensor], body: nn.Module) -> None:
+    """Load all layers of the body but the last, which has a task of its own."""
+    own = body.state_dict()
+    linear = [n for n, layer in body.named_modules() if isinstance(layer, nn.Linear)]
+    last = {f"{linear[-1]}.{kind}" for kind in ("weight", "bias")}
+    others = {name: weights[name] for name in own if name not in last}
+    body.load_state_dict(own | others)
