@@ -46,7 +46,7 @@ RECIPES = {
     "resnet50": RESNET,
 }
 # Epochs of `quick`, where they are fewer than the paper's.
-QUICK = {"mlp": 10, "resnet14": 10, "caffe-quick": 6, "alexnet": 2, "resnet50": 3}
+QUICK = {"mlp": 10, "resnet14": 6, "caffe-quick": 6, "alexnet": 2, "resnet50": 3}
 
 DEFAULT_MODELS = {
     "digits": "mlp",
