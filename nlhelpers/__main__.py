@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nlhelpers import data, experiments, profiles, records, report
+from nlhelpers import data, experiments, profiles, records, report, training
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
-from nlhelpers.training import DivergenceError, pick_device
 
-EXPECTED = (ValueError, data.DataError, records.RecordError, DivergenceError)
+EXPECTED = (
+    ValueError,
+    data.DataError,
+    records.RecordError,
+    training.DivergenceError,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,11 +164,12 @@ def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
 def run_grid(options: argparse.Namespace) -> None:
     """Run what is asked for and not recorded, then print all of it."""
     budget = None if options.time_budget is None else 60 * options.time_budget
-    device = pick_device(options.device)
+    device = training.pick_device(options.device)
     done = experiments.run_all(
         specs(options), options.records, device, time_budget=budget
     )
-    print(report.summary(done).to_string(index=False))
+    if training.is_first():
+        print(report.summary(done).to_string(index=False))
 
 
 def show_table(options: argparse.Namespace) -> None:

@@ -368,6 +368,8 @@ def run_all(
 ) -> list[Record]:
     """Run what is not recorded yet, append each record to `path`, return them all.
 
+    Under torchrun, all processes train each run together, and the first records it.
+
     Args:
         specs: the runs; those in `path` that today's code made are not repeated.
         path: a .jsonl file.
@@ -380,20 +382,28 @@ def run_all(
     specs = list(specs)
     started = time.perf_counter()
     done = recorded(path)
-    todo = list(dict.fromkeys(spec for spec in specs if spec not in done))
     records.check_writable(path)
-    epochs = sum(METHODS[s.method].trainings * s.recipe.epochs for s in todo)
-    count = len(set(specs))
-    print(f"{count - len(todo)} of {count} runs are recorded in {path}")
-    with tqdm(total=epochs, unit="epoch", disable=not todo) as bar:
-        for spec in todo:
-            if time_budget is not None and time.perf_counter() - started > time_budget:
-                tqdm.write("The time budget is spent; the same command goes on later.")
-                break
-            bar.set_description(str(spec))
-            record = run(spec, device, progress=functools.partial(advance, bar))
-            records.append(path, record)
-            done[spec] = record
+    first = training.is_first()
+    with training.processes(device):
+        todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
+        todo = training.agreed(todo)
+        epochs = sum(METHODS[s.method].trainings * s.recipe.epochs for s in todo)
+        if first:
+            count = len(set(specs))
+            print(f"{count - len(todo)} of {count} runs are recorded in {path}")
+        with tqdm(total=epochs, unit="epoch", disable=not todo or not first) as bar:
+            for spec in todo:
+                spent = time.perf_counter() - started
+                if training.agreed(time_budget is not None and spent > time_budget):
+                    bar.write(
+                        "The time budget is spent; the same command goes on later."
+                    )
+                    break
+                bar.set_description(str(spec))
+                record = run(spec, device, progress=functools.partial(advance, bar))
+                if first:
+                    records.append(path, record)
+                done[spec] = record
     return [done[spec] for spec in specs if spec in done]
 
 

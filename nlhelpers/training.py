@@ -7,9 +7,11 @@ method ever holding the truth.
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +21,8 @@ from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from nlhelpers import batches as drawn
 from nlhelpers import models
 from nlhelpers.data import NoisyData
+
+T = TypeVar("T")
 
 # (model, index (B,), *views of the images (B, C, H, W)) -> scalar loss.
 Step = Callable[..., Tensor]
@@ -338,6 +342,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 def pick_device(name: str = "auto") -> torch.device:
     """The device by name: "auto" takes a GPU if there is one.
 
+    Of several processes on a machine, each takes the GPU of its number.
+
     Raises:
         ValueError: for another name, or for "cuda" on a machine without one.
     """
@@ -348,4 +354,35 @@ def pick_device(name: str = "auto") -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ValueError("device is 'cuda', but torch finds no GPU here; use 'cpu'")
-    return torch.device("cuda" if found else "cpu")
+    number = os.environ.get("LOCAL_RANK")
+    gpu = "cuda" if number is None else f"cuda:{number}"
+    return torch.device(gpu if found else "cpu")
+
+
+def is_first() -> bool:
+    """Whether this is the first of torchrun's processes, which writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Work together with the other processes that torchrun started, if it did."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def agreed(value: T) -> T:
+    """What the first of several processes says; alone, the value itself."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    held = [value]
+    distributed.broadcast_object_list(held)
+    return held[0]

@@ -259,3 +259,16 @@ def test_exit_status_of_the_program(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: noise_rate is 2.0")
     assert done.stdout == ""
+
+
+def test_two_processes_make_one_record(tmp_path):
+    """torchrun: the processes train together, and only the first writes and prints."""
+    path = tmp_path / "runs.jsonl"
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    call += ["--nproc-per-node", "2", "-m", "nlhelpers", "run", "--profile", "smoke"]
+    call += ["--device", "cpu", "--seeds", "0", "1", "--records", str(path)]
+    top = records.PACKAGE.parent
+    done = subprocess.run(call, capture_output=True, text=True, cwd=top)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0 of 2 runs are recorded") == 1
+    assert [record["spec"]["seed"] for record in records.read(path)] == [0, 1]
