@@ -1,4 +1,4 @@
-"""`make bench`: what the training loop costs over a bare step, in one process.
+"""`make bench`: what the training loop costs over a bare step, and the other bounds.
 
 Each model is trained on random tensors with a bare step, and through `training.fit`
 with real images (batches, augmentation and bookkeeping included). The two take turns,
@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import batches, data, experiments, losses, records, training
+from nlhelpers import batches, data, experiments, losses, noise, records, training
 from nlhelpers.experiments import Spec
 from nlhelpers.training import Setup
 
@@ -96,8 +96,24 @@ def bench(name: str, device: torch.device, rounds: int) -> None:
     )
 
 
+def bench_confusion(pairs: int = 1_000_000, num_classes: int = 1000) -> None:
+    """Print what estimating C and the noise types takes on one core: under 1 s."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randint(num_classes, (pairs,), generator=generator)
+    other = torch.randint(num_classes, (pairs,), generator=generator)
+    noisy = torch.where(torch.rand(pairs, generator=generator) < 0.5, true, other)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    confusion = noise.estimate_confusion(noisy, true, num_classes)
+    noise.noise_types(noisy, true, confusion)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    print(f"C from {pairs:,} pairs of {num_classes:,} classes: {seconds:.2f} s, 1 core")
+
+
 def main() -> None:
-    """Run the benchmark for every model."""
+    """Run all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
@@ -106,6 +122,7 @@ def main() -> None:
     print(f"{records.device_name(device)}, batch {BATCH_SIZE}")
     for name in SIZES:
         bench(name, device, options.rounds)
+    bench_confusion()
     peak = records.peak_memory(device)
     if peak is not None:
         print(f"peak memory, CIFAR-10 included: {peak:,.0f} MB")
