@@ -33,6 +33,8 @@ HUMAN_LABELS = {
 }
 
 
+UNKNOWN = -1  # in place of a label that an image never got
+
 # What readers raise for a file with other content than its name promises.
 UNREADABLE = (LookupError, TypeError, ValueError, RuntimeError, AssertionError)
 
@@ -78,7 +80,8 @@ class NoisyData:
         num_classes: K.
         clean_images: (M, C, H, W) uint8, the paper's small clean set; M may be 0.
         clean_labels: (M,) int64, checked by hand, so true.
-        clean_given_labels: (M,) int64, what was given before they were checked.
+        clean_given_labels: (M,) int64, what was given before they were checked;
+            UNKNOWN where nothing was.
     """
 
     images: Tensor

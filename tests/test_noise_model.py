@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nlhelpers import experiments, noise, training
+from nlhelpers.data import UNKNOWN
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, noise_model
 from nlhelpers.methods.bottom_up import noisy_log_likelihood
@@ -283,6 +284,35 @@ def test_what_no_clean_image_showed_is_unlikely_not_impossible():
     Q = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     found = noisy_log_likelihood(torch.zeros(3, 3), torch.tensor([0, 1, 2]), Q)
     assert found.isfinite().all() and found[2] < found[0] - 5
+
+
+def test_clean_images_that_never_had_another_label(cpu, make_setup, monkeypatch):
+    """C is counted without them, and nothing is told about their noise type."""
+    spec = Spec("noise-model", noise="confusing", num_clean=200, profile="smoke")
+    seen, _ = experiments.prepare(spec, cpu)
+    half = torch.arange(200) % 2 == 0
+    given = seen.clean_given_labels.masked_fill(half, UNKNOWN)
+    seen = dataclasses.replace(seen, clean_given_labels=given)
+    expected = noise.estimate_confusion(given[~half], seen.clean_labels[~half], 10)
+    asked, told = [], []
+    labels, cross_entropy = noise_model.label_model, noise_model.soft_cross_entropy
+
+    def label_spy(C, L):
+        asked.append(C)
+        return labels(C, L)
+
+    def told_spy(logits, q):
+        told.append(q)
+        return cross_entropy(logits, q)
+
+    monkeypatch.setattr(noise_model, "label_model", label_spy)
+    monkeypatch.setattr(noise_model, "soft_cross_entropy", told_spy)
+    list(METHODS["noise-model"].run(seen, make_setup(batch_size=30)))
+    assert torch.equal(asked[0], expected)
+    q_z = torch.cat([q[:10] for q in told[1::2]])  # of the clean images in each batch
+    assert set(q_z.sum(dim=1).tolist()) == {0.0, 1.0}
+    assert 0.4 < q_z.sum(dim=1).mean() < 0.6
+    list(METHODS["bottom-up"].run(seen, make_setup(batch_size=30)))
 
 
 def test_confusing_noise_is_found_in_the_image(cpu):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nlhelpers import batches, losses, noise, training
-from nlhelpers.data import NoisyData
+from nlhelpers.data import UNKNOWN, NoisyData
 from nlhelpers.methods.clean_only import check_clean_set, train_on_clean
 from nlhelpers.methods.noise_model import check_share, mixed_batches
 from nlhelpers.pretraining import pretrained
@@ -36,7 +36,8 @@ def bottom_up(
     check_share(clean_share)
     check_clean_set(data)
     y, y_noisy = data.clean_labels, data.clean_given_labels
-    Q = noise.estimate_transition(y_noisy, y, data.num_classes).T.float()
+    pairs = y_noisy != UNKNOWN
+    Q = noise.estimate_transition(y_noisy[pairs], y[pairs], data.num_classes).T.float()
     start = (yield from pretrained(data, setup)) if start_pretrained else None
     network = yield from train_on_clean(data, setup, start or setup.build(data))
     images = batches.joined(data.clean_images, data.images)

@@ -39,7 +39,7 @@ def train_on_clean(
     yield from training.fit(
         network,
         data.clean_images,
-        lambda: clean_batches(data, setup),
+        lambda: clean_batches(len(data.clean_labels), data, setup),
         step,
         setup,
         lambda network: training.accuracy(network, data.val_images, data.val_labels),
@@ -48,10 +48,9 @@ def train_on_clean(
     return network
 
 
-def clean_batches(data: NoisyData, setup: Setup) -> Iterator[Tensor]:
-    """Indices of clean images for as many steps as one pass over all images takes."""
-    count = len(data.clean_labels)
-    size = count + len(data.labels)
+def clean_batches(count: int, data: NoisyData, setup: Setup) -> Iterator[Tensor]:
+    """Indices below `count` for as many steps as one pass over all images takes."""
+    size = len(data.clean_labels) + len(data.labels)
     batch_size = min(setup.recipe.batch_size, size)
     index = batches.repeated(count, size - size % batch_size, setup.generator)
     return iter(index.split(batch_size))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlhelpers import batches, losses, noise, training
-from nlhelpers.data import NoisyData
+from nlhelpers.data import UNKNOWN, NoisyData
 from nlhelpers.methods.clean_only import check_clean_set, clean_batches, train_on_clean
 from nlhelpers.models import Network
 from nlhelpers.pretraining import pretrained
@@ -42,14 +42,16 @@ def noise_model(
     check_share(clean_share)
     check_clean_set(data)
     y, y_noisy, L = data.clean_labels, data.clean_given_labels, data.num_classes
-    C = noise.estimate_confusion(y_noisy, y, L)
+    pairs = y_noisy != UNKNOWN
+    C = noise.estimate_confusion(y_noisy[pairs], y[pairs], L)
     if C is None:
         warnings.warn(
-            f"none of the {len(y)} clean images had a wrong label, so nothing is known "
-            "of confusing noise; the model goes on without it",
+            f"none of the {int(pairs.sum())} clean images had a wrong label, so "
+            "nothing is known of confusing noise; the model goes on without it",
             stacklevel=2,
         )
-    z = noise.noise_types(y_noisy, y, C)
+    z = torch.full_like(y, UNKNOWN)
+    z[pairs] = noise.noise_types(y_noisy[pairs], y[pairs], C)
     start = (yield from pretrained(data, setup)) if start_pretrained else None
     classes = yield from train_on_clean(data, setup, start or setup.build(data))
     types = yield from train_noise_types(data, setup, z, 2 if C is None else 3)
@@ -128,17 +130,18 @@ def train_noise_types(
 ) -> Generator[Auxiliary, None, Network]:
     """Train the second network on the noise types of the clean set; returns it."""
     network = setup.build(replace(data, num_classes=num_types))
+    images, z = data.clean_images[z != UNKNOWN], z[z != UNKNOWN]
 
     def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return losses.cross_entropy(network(images), z[index]).mean()
 
     for done in training.fit(
         network,
-        data.clean_images,
-        lambda: clean_batches(data, setup),
+        images,
+        lambda: clean_batches(len(z), data, setup),
         step,
         setup,
-        lambda network: training.accuracy(network, data.clean_images, z),
+        lambda network: training.accuracy(network, images, z),
         stage="noise types",
     ):
         yield Auxiliary(done)
@@ -160,7 +163,7 @@ def em(
     Args:
         networks: pretrained on the clean set.
         data: images with noisy labels, and a clean set.
-        z: (M,) noise types of the clean set.
+        z: (M,) noise types of the clean set, or UNKNOWN.
         model: p(y_noisy | y, z), (Z, L, L).
         setup: recipe and generator.
         clean_share: of clean images in a batch.
@@ -176,7 +179,9 @@ def em(
         with torch.no_grad():  # E-step
             q_y, q_z = posterior(log_joint(y_logits, z_logits, y[index], model))
             told_y = F.one_hot(y[index], q_y.shape[1]).to(q_y)
-            told_z = F.one_hot(z[index.clamp(max=M - 1)], q_z.shape[1]).to(q_z)
+            types = z[index.clamp(max=M - 1)]  # of an unknown one nothing is told
+            told_z = F.one_hot(types.clamp(min=0), q_z.shape[1]).to(q_z)
+            told_z = told_z * (types != UNKNOWN)[:, None]
             q_y = torch.where(clean[:, None], told_y, q_y)
             q_z = torch.where(clean[:, None], told_z, q_z)
         loss = soft_cross_entropy(y_logits, q_y) + soft_cross_entropy(z_logits, q_z)
