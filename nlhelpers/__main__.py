@@ -14,6 +14,7 @@ from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
 
+NOISES = (*experiments.NOISES, experiments.CRAWLED)
 EXPECTED = (
     ValueError,
     data.DataError,
@@ -84,7 +85,7 @@ def specs(options: argparse.Namespace) -> list[Spec]:
     """The runs that the options name."""
     if options.table is not None:
         experiments.known("table", options.table, TABLES)
-        experiments.known("data set", options.dataset, data.DATASETS)
+        experiments.known("data set", options.dataset, experiments.DATASETS)
         experiments.known("profile", options.profile, profiles.PROFILES)
         table = TABLES[options.table]
         found = table.specs(options.dataset, options.profile, options.seeds)
@@ -107,7 +108,7 @@ def specs(options: argparse.Namespace) -> list[Spec]:
     return [
         Spec(method=method, noise=noise, noise_rate=p, seed=seed, **base)
         for seed in options.seeds
-        for noise in options.noise or ["symmetric"]
+        for noise in options.noise or [default_noise(options.dataset)]
         for p in options.noise_rate or [default_rate(noise)]
         for method in options.method or ["cross-entropy"]
     ]
@@ -118,7 +119,7 @@ def check_choice(options: argparse.Namespace) -> None:
     for method in options.method or []:
         experiments.known("method", method, METHODS)
     for name in options.noise or []:
-        experiments.known("noise", name, experiments.NOISES)
+        experiments.known("noise", name, NOISES)
     for p in options.noise_rate or []:
         check_rate(p)
     fixed = ("model", "num_clean", "transition", "set")
@@ -127,9 +128,16 @@ def check_choice(options: argparse.Namespace) -> None:
         raise ValueError(f"{option} is fixed by the table; leave out one of the two")
 
 
+def default_noise(dataset: str) -> str:
+    """Symmetric, unless the data come with noise of their own."""
+    crawled = dataset in experiments.PUBLISHED
+    return experiments.CRAWLED if crawled else "symmetric"
+
+
 def default_rate(noise: str) -> float | None:
     """0.2, unless the labels have a rate of their own."""
-    return None if noise == "given" or noise in data.HUMAN_LABELS else 0.2
+    own = noise in ("given", experiments.CRAWLED, *data.HUMAN_LABELS)
+    return None if own else 0.2
 
 
 def chosen(spec: Spec, options: argparse.Namespace) -> bool:
@@ -183,8 +191,8 @@ def show_table(options: argparse.Namespace) -> None:
 def list_names(options: argparse.Namespace) -> None:
     """Print what every option allows."""
     print("methods:  ", ", ".join(METHODS))
-    print("data sets:", ", ".join(data.DATASETS))
-    print("noises:   ", ", ".join(experiments.NOISES))
+    print("data sets:", ", ".join(experiments.DATASETS))
+    print("noises:   ", ", ".join(NOISES))
     print("models:   ", ", ".join(MODELS))
     print("profiles: ", ", ".join(profiles.PROFILES))
     print("tables:   ", ", ".join(TABLES))

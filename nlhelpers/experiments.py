@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nlhelpers import clothing1m, evaluation, noise, profiles, records, training
 from nlhelpers import data as datasets
-from nlhelpers import evaluation, noise, profiles, records, training
 from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
@@ -31,8 +31,8 @@ class Spec:
 
     Attributes:
         method: a key of `methods.METHODS`.
-        dataset: a key of `data.DATASETS`.
-        noise: a key of NOISES.
+        dataset: a key of `data.DATASETS` or of PUBLISHED.
+        noise: a key of NOISES, or "crawled" for the labels of a set in PUBLISHED.
         noise_rate: probability that a label is changed (on the classes that the noise
             touches); None for "given" and human labels, which have their own.
         seed: decides the noise, the split, the weights and the batches.
@@ -57,8 +57,8 @@ class Spec:
     def __post_init__(self) -> None:
         """Check every value and bring it to one form."""
         known("method", self.method, METHODS)
-        known("dataset", self.dataset, datasets.DATASETS)
-        known("noise", self.noise, NOISES)
+        known("dataset", self.dataset, DATASETS)
+        known("noise", self.noise, [*NOISES, CRAWLED])
         known("profile", self.profile, profiles.PROFILES)
         self._set("model", self.model or profiles.DEFAULT_MODELS[self.dataset])
         known("model", self.model, MODELS)
@@ -80,7 +80,12 @@ class Spec:
             )
 
     def _check_noise(self) -> None:
-        own_rate = self.noise == "given" or self.noise in datasets.HUMAN_LABELS
+        if (self.noise == CRAWLED) != (self.dataset in PUBLISHED):
+            raise ValueError(
+                f"noise is {self.noise!r} and dataset is {self.dataset!r}; "
+                f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and its only one"
+            )
+        own_rate = self.noise in ("given", CRAWLED, *datasets.HUMAN_LABELS)
         if own_rate and self.noise_rate is not None:
             raise ValueError(
                 f"noise_rate is {self.noise_rate!r}, but {self.noise!r} labels come "
@@ -244,11 +249,37 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 }
 
 
+# Data sets that come divided, with noisy labels of their own and clean ones beside.
+PUBLISHED = {"clothing1m": clothing1m.load}
+CRAWLED = "crawled"
+DATASETS = (*datasets.DATASETS, *PUBLISHED)
+
 # Running
 
 
-def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
     """A run's data on the device: what the method sees, and what only we see."""
+    return (published if spec.dataset in PUBLISHED else prepare)(spec, device)
+
+
+def published(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+    """Data that come divided, with as many clean images as the spec allows."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    seen, truth = PUBLISHED[spec.dataset](
+        generator,
+        limit=spec.recipe.limit,
+        size=profiles.PIXELS[spec.model] + 2 * spec.recipe.crop,
+        crop_to=profiles.PIXELS[spec.model],
+    )
+    chosen = torch.randperm(len(seen.clean_labels), generator=generator)
+    chosen = chosen[: spec.num_clean].sort().values
+    clean = ("clean_images", "clean_labels", "clean_given_labels")
+    fewer = {name: getattr(seen, name)[chosen] for name in clean}
+    return dataclasses.replace(seen, **fewer).to(device), truth.to(device)
+
+
+def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+    """Data that are divided at random, and whose labels get the spec's noise."""
     dataset = load(spec.dataset)
     generator = torch.Generator().manual_seed(spec.seed)
     labels = NOISES[spec.noise](spec, dataset, generator)
@@ -277,7 +308,7 @@ def run(
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    seen, truth = prepare(spec, device)
+    seen, truth = data_for(spec, device)
     method = METHODS[spec.method]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -295,7 +326,7 @@ def run(
         "spec": spec.as_dict(),
         "recipe": spec.recipe.as_dict(),
         "images": len(seen.labels),
-        "realised_rate": noise.realised_rate(seen.labels, truth.labels),
+        "realised_rate": realised_rate(seen, truth),
         **evaluation.outcome(history),
         "screening": screening,
         "seconds": round(time.perf_counter() - started, 3),
@@ -305,14 +336,24 @@ def run(
     }
 
 
+def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
+    """Share of wrong labels among those whose truth is known; None if none is."""
+    known = truth.labels != datasets.UNKNOWN
+    if not known.any():
+        return None
+    return noise.realised_rate(seen.labels[known], truth.labels[known])
+
+
 def source(spec: Spec) -> str:
     """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
+    if spec.dataset in PUBLISHED:
+        of_data = PUBLISHED[spec.dataset], published
+    else:
+        of_data = datasets.DATASETS[spec.dataset], NOISES[spec.noise], prepare
     return records.source_hash(
         METHODS[spec.method].run,
         MODELS[spec.model],
-        datasets.DATASETS[spec.dataset],
-        NOISES[spec.noise],
-        prepare,
+        *of_data,
         Setup,
         training.seeded,
         noise.realised_rate,

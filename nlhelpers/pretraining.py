@@ -69,7 +69,7 @@ def rotation(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Networ
         size = setup.recipe.batch_size
         return batches.uniform(len(data.images), size, setup.generator)
 
-    val_images, val_turns = turned(data.val_images)
+    val_images, val_turns = turned(torch.cat(list(data.val_images.split(2000))))
 
     def validate(turner: nn.Module) -> float:
         return training.accuracy(turner, val_images, val_turns)

@@ -36,23 +36,27 @@ CAFFE_QUICK = Recipe(
     falls_after=(8,),
     val_share=0.05,
 )
-ALEXNET = replace(CAFFE_QUICK, epochs=16, batch_size=256, weight_decay=5e-4)
+CLOTHING1M = replace(CAFFE_QUICK, epochs=16, batch_size=256, weight_decay=5e-4)
 
 RECIPES = {
     "mlp": MLP,
     "resnet14": RESNET,
     "caffe-quick": CAFFE_QUICK,
-    "alexnet": ALEXNET,
+    "alexnet": CLOTHING1M,
     "resnet50": RESNET,
 }
 # Epochs of `quick`, where they are fewer than the paper's.
 QUICK = {"mlp": 10, "resnet14": 6, "caffe-quick": 6, "alexnet": 2, "resnet50": 3}
+
+# Pixels of each side that a network sees of a photograph.
+PIXELS = dict.fromkeys(RECIPES, 32) | {"alexnet": 224, "resnet50": 224}
 
 DEFAULT_MODELS = {
     "digits": "mlp",
     "mnist": "mlp",
     "fashion-mnist": "mlp",
     "cifar10": "resnet14",
+    "clothing1m": "alexnet",
 }
 
 
@@ -62,7 +66,9 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
     if dataset == "digits":
         # 42 times fewer images than MNIST: smaller batches keep the number of steps up.
         paper = replace(paper, batch_size=32)
-    if dataset != "cifar10":
+    if dataset == "clothing1m":
+        paper = replace(CLOTHING1M, crop=PIXELS[model] // 14, flip=True)
+    elif dataset != "cifar10":
         paper = replace(paper, crop=0, flip=False)  # mirrored digits are other digits
     if profile == "smoke":
         return replace(shortened(paper, 2), limit=600)

@@ -1,0 +1,336 @@
+"""Images that stay in their files: read when they are needed, by several processes.
+
+`ImageFiles` stands where a tensor (N, C, H, W) of images stands elsewhere, for sets
+that no memory holds. Files are decoded a little ahead of whoever takes the images.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
+from torch import Generator, Tensor, distributed
+from torch.utils.data import DataLoader
+
+from nlhelpers import batches
+from nlhelpers.data import DataError
+
+CPU = torch.device("cpu")
+LAYOUT = torch.channels_last
+PIECE = 64  # files that a worker reads for one answer; few, to keep memory low
+# Kinds of pictures that are opened. PIL knows others, some of which start programs.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Colour images in files, as (N, 3, H, W) uint8 with H = W = `crop_to`.
+
+    It has a tensor's `shape`, `dtype`, `device`, `to`, `split` and indexing, as far as
+    training and prediction use them. A picture is scaled until its shorter side is
+    `size`, and its centre is cut out, `size` by `size`. Predictions see the central
+    window of `crop_to` pixels of that. In training, with `crop` pixels of border, the
+    window moves by up to `crop` pixels each way: over the picture as far as it reaches,
+    and then over its mirrored border. So AlexNet's random windows are `size` 256,
+    `crop_to` 224 and `crop` 16.
+
+    Pictures are used as stored: a camera's note on which side is up is ignored.
+
+    Attributes:
+        root: folder that `names` are relative to.
+        names: (N,) paths as bytes, padded to one length; any sequence of paths is
+            brought to that form. A million of 40 characters are 40 MB.
+        size: pixels of each side that are decoded.
+        crop_to: pixels of each side that a network sees; None is `size`.
+        device: where decoded images are delivered.
+        workers: processes that decode; 0 decodes in this one, None is one per core.
+    """
+
+    root: Path
+    names: np.ndarray
+    size: int = 256
+    crop_to: int | None = None
+    device: torch.device = CPU
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Bring paths to one form; raise ValueError for sizes that make no picture."""
+        crop_to = self.size if self.crop_to is None else self.crop_to
+        if not 1 <= crop_to <= self.size:
+            raise ValueError(
+                f"size is {self.size!r} and crop_to is {crop_to!r}; it must be "
+                "1 <= crop_to <= size"
+            )
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "names", packed(self.names))
+        object.__setattr__(self, "crop_to", crop_to)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.names)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, 3, crop_to, crop_to)."""
+        return torch.Size((len(self), 3, self.crop_to, self.crop_to))
+
+    @property
+    def ndim(self) -> int:
+        """4, as any images have."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.uint8."""
+        return torch.uint8
+
+    def to(
+        self, device: torch.device, memory_format: torch.memory_format | None = None
+    ) -> "ImageFiles":
+        """The same, delivered on `device`; always in channels-last layout."""
+        return dataclasses.replace(self, device=torch.device(device))
+
+    def __getitem__(self, index: int | slice | Tensor) -> "ImageFiles | Tensor":
+        """A subset by a slice, int64 or bool (N,); one decoded image by a number."""
+        picked = self.names[index.cpu().numpy() if torch.is_tensor(index) else index]
+        subset = dataclasses.replace(self, names=np.atleast_1d(picked))
+        return subset if picked.ndim else next(subset.split(1))[0]
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The images in order, decoded, `size` at a time: (size, 3, H, W) uint8.
+
+        Raises:
+            DataError: if a file is missing or damaged; the message names it.
+        """
+        return self.decoded(torch.arange(len(self)).split(size), self.crop_to)
+
+    def decoded(self, parts: Iterable[Tensor], side: int) -> Iterator[Tensor]:
+        """The central `side` pixels of each part's images: (B, 3, side, side) uint8.
+
+        Args:
+            parts: indices, each (B,) int64; taken before the first file is read.
+            side: pixels, up to `size`.
+        """
+        parts = [part.cpu() for part in parts]
+        pieces = [piece for part in parts for piece in part.split(PIECE)]
+        stream = self._each(Decoding(self.root, self.size, side), pieces)
+        for part in parts:
+            shape = len(part), side, side, 3
+            whole = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            for place in whole.split(PIECE):
+                place.copy_(next(stream), non_blocking=True)
+            yield whole.permute(0, 3, 1, 2)
+
+    def broken(self, *, thorough: bool = False) -> Tensor:
+        """Which files are missing, empty or no image: (N,) bool, on the CPU.
+
+        Args:
+            thorough: decode every image; else only its header is read.
+        """
+        pieces = torch.arange(len(self)).split(16 * PIECE)  # a header is read fast
+        return torch.cat(list(self._each(Checking(self.root, thorough), pieces)))
+
+    def _each(self, work: "Reading", pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What `work` makes of the files at each piece's indices, in order."""
+        # Paths travel piece by piece: a worker never holds the whole list.
+        names = [self.names[piece.numpy()] for piece in pieces]
+        workers = cores() if self.workers is None else self.workers
+        workers = min(workers, len(names)) if len(names) > 1 else 0
+        results = DataLoader(
+            work,
+            sampler=names,
+            batch_size=None,  # a piece is whole as it is
+            num_workers=workers,
+            multiprocessing_context=context() if workers else None,
+            pin_memory=self.device.type == "cuda",
+            generator=Generator(),  # else it draws from torch's own state
+        )
+        for result in results:
+            if isinstance(result, DataError):
+                raise result
+            yield result
+
+
+def packed(names: Sequence[str | bytes | Path] | np.ndarray) -> np.ndarray:
+    """Paths as one array of bytes, which a process holds and pickles cheaply."""
+    if isinstance(names, np.ndarray) and names.dtype.kind == "S":
+        return names
+    return np.array([os.fsencode(name) for name in names], dtype=bytes)
+
+
+def cores() -> int:
+    """Cores that this process may use, shared with the others that train beside it."""
+    able = getattr(os, "sched_getaffinity", None)
+    count = len(able(0)) if able else os.cpu_count() or 1
+    if distributed.is_available() and distributed.is_initialized():
+        count //= distributed.get_world_size()
+    return max(1, count)
+
+
+@functools.cache
+def context() -> BaseContext:
+    """How workers start: from a small server, which has imported all they need.
+
+    A fork of this process would be faster once, but its threads may leave a lock
+    behind that no one opens, and Python warns of it.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    return server
+
+
+# What a worker does with the paths of a piece
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Reads pictures, or says which one cannot be read.
+
+    Attributes:
+        root: folder of the files.
+        size: pixels of each side that are decoded.
+        side: pixels of each side that are kept, at the centre.
+    """
+
+    root: Path
+    size: int
+    side: int
+
+    def __getitem__(self, names: np.ndarray) -> Tensor | DataError:
+        """(B, side, side, 3) uint8; an error is returned, as a traceback says less."""
+        result = np.empty((len(names), self.side, self.side, 3), np.uint8)
+        start = (self.size - self.side) // 2
+        inner = slice(start, start + self.side)
+        try:
+            for place, path in zip(result, paths(self.root, names), strict=True):
+                place[:] = decode(path, self.size)[inner, inner]
+        except DataError as error:
+            return error
+        return torch.from_numpy(result)
+
+
+@dataclass(frozen=True)
+class Checking:
+    """Tells which files cannot be read.
+
+    Attributes:
+        root: folder of the files.
+        thorough: decode the pictures, and not their headers only.
+    """
+
+    root: Path
+    thorough: bool
+
+    def __getitem__(self, names: np.ndarray) -> Tensor:
+        """(B,) bool."""
+        broken = [self.is_broken(path) for path in paths(self.root, names)]
+        return torch.tensor(broken, dtype=torch.bool)
+
+    def is_broken(self, path: str) -> bool:
+        """Whether it cannot be opened, or decoded if that is asked for."""
+        try:
+            with opened(path) as image:
+                if self.thorough:
+                    image.load()
+        except DataError:
+            return True
+        return False
+
+
+Reading = Decoding | Checking
+
+
+def paths(root: Path, names: np.ndarray) -> list[str]:
+    """Where the files are; plain text, as a million `Path` objects take a while."""
+    folder = str(root)
+    return [os.path.join(folder, os.fsdecode(name)) for name in names]
+
+
+def decode(path: str | Path, size: int) -> np.ndarray:
+    """The picture in a file as (size, size, 3) uint8.
+
+    Its shorter side is scaled to `size`, and its centre is cut out.
+
+    Raises:
+        DataError: if the file is missing or damaged; the message names it.
+    """
+    with opened(path) as image:
+        # A large JPEG is decoded at a half or less of its size: much faster, and the
+        # same to the eye, as it stays twice as large as what is made of it.
+        image.draft(None, (2 * size, 2 * size))
+        picture = image.convert("RGB")
+        return np.asarray(ImageOps.fit(picture, (size, size), Resampling.BILINEAR))
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture, of which the header alone has been read.
+
+    It is read by PIL: torchvision's own decoders are on their way out, and know fewer
+    kinds of JPEG.
+
+    Raises:
+        DataError: if that fails, or what is done with it; the message names the file.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing; put it there, or leave it out of the list"
+        ) from error
+    except Exception as error:  # PIL has a dozen ways to say that a file is damaged
+        raise DataError(
+            f"{path} is damaged or no picture ({error}); put the right file there, or "
+            "leave it out of the list"
+        ) from error
+
+
+# As tensors, for the training loop
+
+
+@batches.loader.register
+def loader(
+    images: ImageFiles, crop: int, flip: bool, generator: Generator, views: int
+) -> batches.Load:
+    """Batches of images in files; see `batches.loader` and `ImageFiles`.
+
+    What is drawn from the generator depends on the batches alone, not on how many
+    workers there are: an epoch's indices are taken before the first file is read.
+    """
+    # As many pixels as the moving window can reach; they lie around the centre.
+    side = min(images.size, images.crop_to + 2 * crop)
+    start = (side - images.crop_to) // 2
+    window = slice(start, start + images.crop_to)
+
+    def load(epoch: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        parts = [batches.share(index) for index in epoch]
+        for index, whole in zip(parts, images.decoded(parts, side), strict=True):
+            augmented = batches.augmentation(whole, crop, flip, generator)
+            every = torch.arange(len(index), device=whole.device)
+            seen = (augmented(every)[:, :, window, window] for _ in range(views))
+            yield index, *(view.contiguous(memory_format=LAYOUT) for view in seen)
+
+    return load
+
+
+@batches.joined.register
+def joined(first: ImageFiles, second: ImageFiles) -> ImageFiles:
+    """Two sets of files under one root, decoded alike; see `batches.joined`."""
+    for name in ("root", "size", "crop_to"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            raise ValueError(f"{name} is {one!r} and {other!r}; it must be the same")
+    names = np.concatenate([first.names, second.names])
+    return dataclasses.replace(first, names=names)
