@@ -250,6 +250,60 @@ def test_clean_images_are_told_and_noisy_ones_inferred(
     assert torch.allclose(q_y.sum(dim=1), torch.ones(30), atol=1e-5)
 
 
+@pytest.fixture
+def captured(cpu, make_setup, monkeypatch):
+    """Runs a method without training: its data, and what it would train by stage."""
+
+    def capture(method):
+        spec = Spec(method, noise="confusing", num_clean=100, profile="smoke")
+        seen, _ = experiments.prepare(spec, cpu)
+        stages = {}
+
+        def fit(model, images, batches, step, *rest, stage):
+            stages[stage] = model.eval(), images, step
+            return iter(())
+
+        monkeypatch.setattr(training, "fit", fit)
+        list(METHODS[method].run(seen, make_setup()))
+        return seen, stages
+
+    return capture
+
+
+def six_of(seen):
+    """Three clean images whose labels were wrong before the check, three noisy ones."""
+    wrong = (seen.clean_given_labels != seen.clean_labels).nonzero().flatten()
+    return torch.cat([wrong[:3], torch.tensor([100, 101, 350])])
+
+
+def test_bottom_up_by_hand(captured, seeded):
+    seen, stages = captured("bottom-up")
+    network, images, step = stages["bottom-up"]
+    index = six_of(seen)
+    Q = torch.zeros(10, 10)
+    for noisy, true in zip(seen.clean_given_labels, seen.clean_labels, strict=True):
+        Q[noisy, true] += 1
+    Q /= Q.sum(dim=0)
+    p = network(images[index]).softmax(dim=1)
+    expected = [-p[n, seen.clean_labels[index[n]]].log() for n in range(3)]
+    expected += [-(Q @ p[n])[seen.labels[index[n] - 100]].log() for n in range(3, 6)]
+    loss = step(network, index, images[index])
+    assert loss.item() == pytest.approx(sum(expected).item() / 6, rel=1e-4)
+    assert torch.equal(images, torch.cat([seen.clean_images, seen.images]))
+
+
+@pytest.mark.parametrize("method", ["noisy-as-truth", "noisy-as-truth-after-clean"])
+def test_noisy_as_truth_takes_true_labels_where_it_has_them(method, captured, seeded):
+    seen, stages = captured(method)
+    network, images, step = stages["noisy as truth"]
+    index = six_of(seen)
+    labels = torch.cat([seen.clean_labels, seen.labels])[index]
+    log_p = network(images[index]).log_softmax(dim=1)
+    expected = -log_p[torch.arange(6), labels].mean().item()
+    assert step(network, index, images[index]).item() == pytest.approx(expected)
+    assert ("clean" in stages) == (method == "noisy-as-truth-after-clean")
+
+
 NEED_CLEAN = [name for name, method in METHODS.items() if method.clean_set == "needed"]
 
 
