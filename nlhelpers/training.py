@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,8 +21,6 @@ from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from nlhelpers import batches as drawn
 from nlhelpers import models
 from nlhelpers.data import NoisyData
-
-T = TypeVar("T")
 
 # (model, index (B,), *views of the images (B, C, H, W)) -> scalar loss.
 Step = Callable[..., Tensor]
@@ -379,7 +377,7 @@ def processes(device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def agreed(value: T) -> T:
+def agreed(value: Any) -> Any:
     """What the first of several processes says; alone, the value itself."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
