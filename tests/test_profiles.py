@@ -3,7 +3,6 @@
 import pytest
 
 from nlhelpers import profiles
-from nlhelpers.data import DATASETS
 from nlhelpers.models import MODELS
 from nlhelpers.training import Recipe
 
@@ -37,7 +36,7 @@ def test_a_shorter_recipe_keeps_the_proportions():
     assert (short.epochs, short.patience, short.falls_after) == (10, 2, (5, 8))
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", profiles.DEFAULT_MODELS)
 @pytest.mark.parametrize("model", MODELS)
 def test_quick_and_smoke_are_never_longer(dataset, model):
     smoke, quick, paper = (
