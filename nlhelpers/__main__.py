@@ -14,7 +14,6 @@ from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
 
-NOISES = (*experiments.NOISES, experiments.CRAWLED)
 EXPECTED = (
     ValueError,
     data.DataError,
@@ -119,7 +118,7 @@ def check_choice(options: argparse.Namespace) -> None:
     for method in options.method or []:
         experiments.known("method", method, METHODS)
     for name in options.noise or []:
-        experiments.known("noise", name, NOISES)
+        experiments.known("noise", name, experiments.NOISE_NAMES)
     for p in options.noise_rate or []:
         check_rate(p)
     fixed = ("model", "num_clean", "transition", "set")
@@ -136,8 +135,7 @@ def default_noise(dataset: str) -> str:
 
 def default_rate(noise: str) -> float | None:
     """0.2, unless the labels have a rate of their own."""
-    own = noise in ("given", experiments.CRAWLED, *data.HUMAN_LABELS)
-    return None if own else 0.2
+    return None if noise in experiments.OWN_RATE else 0.2
 
 
 def chosen(spec: Spec, options: argparse.Namespace) -> bool:
@@ -192,7 +190,7 @@ def list_names(options: argparse.Namespace) -> None:
     """Print what every option allows."""
     print("methods:  ", ", ".join(METHODS))
     print("data sets:", ", ".join(experiments.DATASETS))
-    print("noises:   ", ", ".join(NOISES))
+    print("noises:   ", ", ".join(experiments.NOISE_NAMES))
     print("models:   ", ", ".join(MODELS))
     print("profiles: ", ", ".join(profiles.PROFILES))
     print("tables:   ", ", ".join(TABLES))

@@ -58,7 +58,7 @@ class Spec:
         """Check every value and bring it to one form."""
         known("method", self.method, METHODS)
         known("dataset", self.dataset, DATASETS)
-        known("noise", self.noise, [*NOISES, CRAWLED])
+        known("noise", self.noise, NOISE_NAMES)
         known("profile", self.profile, profiles.PROFILES)
         self._set("model", self.model or profiles.DEFAULT_MODELS[self.dataset])
         known("model", self.model, MODELS)
@@ -85,7 +85,7 @@ class Spec:
                 f"noise is {self.noise!r} and dataset is {self.dataset!r}; "
                 f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and its only one"
             )
-        own_rate = self.noise in ("given", CRAWLED, *datasets.HUMAN_LABELS)
+        own_rate = self.noise in OWN_RATE
         if own_rate and self.noise_rate is not None:
             raise ValueError(
                 f"noise_rate is {self.noise_rate!r}, but {self.noise!r} labels come "
@@ -253,6 +253,8 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 PUBLISHED = {"clothing1m": clothing1m.load}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
+NOISE_NAMES = (*NOISES, CRAWLED)
+OWN_RATE = ("given", CRAWLED, *datasets.HUMAN_LABELS)  # noises that take no rate
 
 # Running
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from nlhelpers import evaluation, experiments, losses, noise, profiles, records
+from nlhelpers import experiments, losses, noise, profiles, records
 from nlhelpers.data import HUMAN_LABELS
 from nlhelpers.experiments import Spec, grid, run_all
 from nlhelpers.methods import METHODS
@@ -255,32 +255,6 @@ def test_screening_is_held_against_the_truth(cpu):
     shares = record["screening"]
     assert shares["unlabelled"] == 0.0
     assert shares["incorrect"] == record["realised_rate"] > 0.3
-
-
-def test_outcome_by_hand():
-    def row(stage, epoch, val, test):
-        return {
-            "stage": stage,
-            "epoch": epoch,
-            "val_accuracy": val,
-            "test_accuracy": test,
-            "images": 100,
-            "seconds": 0.5,
-        }
-
-    history = [
-        row("one", 1, 0.99, 0.1),  # a former stage has no say
-        row("two", 1, 0.3, 0.2),
-        row("two", 2, 0.8, 0.4),
-        row("two", 3, 0.8, 0.9),  # nor has the test set: the first of equals
-        row("two", 4, 0.7, 0.6),
-    ]
-    assert evaluation.outcome(history) == {
-        "last_accuracy": 0.6,
-        "best_accuracy": 0.4,
-        "best_epoch": 2,
-        "images_per_second": 200,
-    }
 
 
 # ---------------------------------------------------------------- grids

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from nlhelpers import batches, losses, noise, training
 from nlhelpers.data import UNKNOWN, NoisyData
-from nlhelpers.methods.clean_only import check_clean_set, train_on_clean
+from nlhelpers.methods.clean_only import train_on_clean
 from nlhelpers.methods.noise_model import check_share, mixed_batches
-from nlhelpers.pretraining import pretrained
 from nlhelpers.training import Event, Setup
 
 
@@ -34,12 +33,10 @@ def bottom_up(
         clean_share: of clean images in a batch, as in `noise_model`.
     """
     check_share(clean_share)
-    check_clean_set(data)
     y, y_noisy = data.clean_labels, data.clean_given_labels
     pairs = y_noisy != UNKNOWN
     Q = noise.estimate_transition(y_noisy[pairs], y[pairs], data.num_classes).T.float()
-    start = (yield from pretrained(data, setup)) if start_pretrained else None
-    network = yield from train_on_clean(data, setup, start or setup.build(data))
+    network = yield from train_on_clean(data, setup, start_pretrained=start_pretrained)
     images = batches.joined(data.clean_images, data.images)
     labels = torch.cat([y, data.labels])
     M = len(y)

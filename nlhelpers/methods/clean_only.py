@@ -9,29 +9,33 @@ from nlhelpers import batches, losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.models import Network
 from nlhelpers.pretraining import pretrained
-from nlhelpers.training import Epoch, Event, Setup
+from nlhelpers.training import Event, Setup
 
 
 def clean_only(data: NoisyData, setup: Setup) -> Iterator[Event]:
     """Train on the clean images alone, from random weights."""
-    yield from train_on_clean(data, setup, setup.build(data))
+    yield from train_on_clean(data, setup)
 
 
 def clean_only_pretrained(data: NoisyData, setup: Setup) -> Iterator[Event]:
     """Train on the clean images alone, from a pretrained network."""
-    network = yield from pretrained(data, setup)
-    yield from train_on_clean(data, setup, network)
+    yield from train_on_clean(data, setup, start_pretrained=True)
 
 
 def train_on_clean(
-    data: NoisyData, setup: Setup, network: Network
-) -> Generator[Epoch, None, Network]:
-    """Cross-entropy on the clean labels, in place; returns the network.
+    data: NoisyData, setup: Setup, *, start_pretrained: bool = False
+) -> Generator[Event, None, Network]:
+    """Cross-entropy on the clean labels, from random or pretrained weights.
 
     An epoch has as many images as there are in all, so that all methods take as many
     steps, and the clean ones come by again and again.
+
+    Returns:
+        The network.
     """
     check_clean_set(data)
+    start = (yield from pretrained(data, setup)) if start_pretrained else None
+    network = start or setup.build(data)
 
     def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return losses.cross_entropy(network(images), data.clean_labels[index]).mean()

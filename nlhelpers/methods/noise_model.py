@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from nlhelpers import batches, losses, noise, training
 from nlhelpers.data import UNKNOWN, NoisyData
-from nlhelpers.methods.clean_only import check_clean_set, clean_batches, train_on_clean
+from nlhelpers.methods.clean_only import clean_batches, train_on_clean
 from nlhelpers.models import Network
-from nlhelpers.pretraining import pretrained
 from nlhelpers.training import Auxiliary, Event, Setup
 
 
@@ -40,7 +39,6 @@ def noise_model(
             of the noisy ones (section 4).
     """
     check_share(clean_share)
-    check_clean_set(data)
     y, y_noisy, L = data.clean_labels, data.clean_given_labels, data.num_classes
     pairs = y_noisy != UNKNOWN
     C = noise.estimate_confusion(y_noisy[pairs], y[pairs], L)
@@ -52,8 +50,7 @@ def noise_model(
         )
     z = torch.full_like(y, UNKNOWN)
     z[pairs] = noise.noise_types(y_noisy[pairs], y[pairs], C)
-    start = (yield from pretrained(data, setup)) if start_pretrained else None
-    classes = yield from train_on_clean(data, setup, start or setup.build(data))
+    classes = yield from train_on_clean(data, setup, start_pretrained=start_pretrained)
     types = yield from train_noise_types(data, setup, z, 2 if C is None else 3)
     networks = TwoNetworks(classes, types)
     yield from em(networks, data, z, label_model(C, L), setup, clean_share)

@@ -29,7 +29,7 @@ def noisy_as_truth_after_clean(data: NoisyData, setup: Setup) -> Iterator[Event]
 
     The baseline of the CIFAR-10 protocol in the authors' published code.
     """
-    network = yield from train_on_clean(data, setup, setup.build(data))
+    network = yield from train_on_clean(data, setup)
     yield from train_on_all(data, setup, network)
 
 
