@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -321,8 +322,9 @@ def run(
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
             elif isinstance(event, Screening):
-                right = seen.labels == truth.labels
-                screening = evaluation.screened(event.kept, right)
+                known = truth.labels != datasets.UNKNOWN
+                right = seen.labels[known] == truth.labels[known]
+                screening = evaluation.screened(event.kept[known], right)
             progress(event)
     return {
         "spec": spec.as_dict(),
@@ -430,7 +432,8 @@ def run_all(
     with training.processes(device):
         todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
         todo = training.agreed(todo)
-        epochs = sum(METHODS[s.method].trainings * s.recipe.epochs for s in todo)
+        trainings = (METHODS[s.method].trainings * s.recipe.epochs for s in todo)
+        epochs = math.ceil(sum(trainings))
         if first:
             count = len(set(specs))
             print(f"{count - len(todo)} of {count} runs are recorded in {path}")

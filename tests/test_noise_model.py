@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from nlhelpers import experiments, noise, training
+from nlhelpers import experiments, models, noise, profiles, training
 from nlhelpers.data import UNKNOWN
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, noise_model
 from nlhelpers.methods.bottom_up import noisy_log_likelihood
 from nlhelpers.methods.noise_model import (
+    copy_convolutions,
+    for_types,
     label_model,
     log_joint,
     log_likelihood,
@@ -20,7 +23,7 @@ from nlhelpers.methods.noise_model import (
     posterior,
     soft_cross_entropy,
 )
-from nlhelpers.training import Auxiliary, Epoch
+from nlhelpers.training import Auxiliary, Epoch, Setup
 
 L = 4
 
@@ -221,7 +224,7 @@ def test_networks_other_than_the_classifier_are_not_judged(cpu, make_setup):
     seen, _ = experiments.prepare(spec, cpu)
     events = list(METHODS["noise-model"].run(seen, make_setup()))
     kinds = [type(event) for event in events]
-    assert kinds == [Epoch] * 2 + [Auxiliary] * 2 + [Epoch] * 2
+    assert kinds == [Epoch] * 2 + [Auxiliary] + [Epoch] * 2
     assert [event.stage for event in events if isinstance(event, Epoch)] == [
         *["clean"] * 2,
         *["em"] * 2,
@@ -332,6 +335,40 @@ def test_a_bad_share(method, share, cpu):
     spec = Spec(method, num_clean=100, settings={"clean_share": share})
     with pytest.raises(ValueError, match="clean_share"):
         experiments.run(spec, cpu)
+
+
+@pytest.mark.parametrize("name", ["types_epochs", "types_rate"])
+@pytest.mark.parametrize("share", [0.0, 1.5, -0.5])
+def test_a_bad_share_of_the_recipe(name, share, cpu):
+    spec = Spec("noise-model", num_clean=100, settings={name: share})
+    with pytest.raises(ValueError, match=rf"{name} is {share}; it must be in"):
+        experiments.run(spec, cpu)
+
+
+def test_the_second_network_trains_as_in_the_authors_solver():
+    """1,500 of 6,000 steps of 100 images, at 1e-4, falling after 1,000."""
+    setup = Setup("caffe-quick", profiles.CAFFE_QUICK, torch.Generator())
+    recipe = for_types(setup, 1 / 4, 1 / 10).recipe
+    assert recipe.epochs * 500 == 1500
+    assert recipe.falls_after == (2,)
+    assert recipe.learning_rate == pytest.approx(1e-4)
+    assert for_types(setup, 1.0, 1.0).recipe == setup.recipe
+    assert for_types(setup, 0.01, 1.0).recipe.epochs == 1
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet14", "caffe-quick"])
+def test_convolutions_are_copied_and_nothing_else(model):
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    source, target = (models.build(model, images, K) for K in (10, 3))
+    source(images)  # moves the running means of ResNet's normalisation
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    copy_convolutions(source, target)
+    for (name, own), given in zip(
+        target.state_dict().items(), source.state_dict().values(), strict=True
+    ):
+        layer = target.get_submodule(name.rpartition(".")[0])
+        copied = isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+        assert own.equal(given if copied else before[name])
 
 
 def test_what_no_clean_image_showed_is_unlikely_not_impossible():

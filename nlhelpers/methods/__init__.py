@@ -28,14 +28,14 @@ class Method:
     Attributes:
         run: takes `(data, setup, **settings)`, yields events.
         title: as the tables of the book print it.
-        trainings: how many times it trains a network, for progress bars.
+        trainings: how many times it takes the recipe's epochs, for progress bars.
         clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
     """
 
     run: Callable[..., Iterator[Event]]
     title: str
-    trainings: int = 1
+    trainings: float = 1
     clean_set: str = "unused"
     clean_validation: bool = False
 
@@ -76,5 +76,5 @@ METHODS = {
         True,
     ),
     "bottom-up": Method(bottom_up.bottom_up, "bottom-up", 2, "needed", True),
-    "noise-model": Method(noise_model.noise_model, "noise model", 3, "needed", True),
+    "noise-model": Method(noise_model.noise_model, "noise model", 2.25, "needed", True),
 }

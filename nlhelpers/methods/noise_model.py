@@ -8,14 +8,14 @@ the label as given, C = the confusion matrix, L = the number of classes, q = pos
 """
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlhelpers import batches, losses, noise, training
+from nlhelpers import batches, losses, noise, profiles, training
 from nlhelpers.data import UNKNOWN, NoisyData
 from nlhelpers.methods.clean_only import clean_batches, train_on_clean
 from nlhelpers.models import Network
@@ -28,17 +28,27 @@ def noise_model(
     *,
     start_pretrained: bool = False,
     clean_share: float = 1 / 3,
+    types_epochs: float = 1 / 4,
+    types_rate: float = 1 / 10,
 ) -> Iterator[Event]:
     """Train both networks on the clean set, then both on everything by EM.
 
+    The second starts with the first one's convolutions and trains for a short time at a
+    low rate. The paper does not say so; the authors' published code does. A longer
+    training makes it so sure of the given labels that nothing overrules one.
+
     Args:
         data: images with noisy labels, and a clean set.
-        setup: network and recipe, the same for all trainings.
+        setup: network and recipe.
         start_pretrained: whether the class network starts pretrained, as in row 6.
         clean_share: of clean images in a batch; 1/3 upsamples them to half the amount
             of the noisy ones (section 4).
+        types_epochs: of the second network on the clean set, as a share of the
+            recipe's.
+        types_rate: its learning rate there, as a share of the recipe's.
     """
     check_share(clean_share)
+    careful = for_types(setup, types_epochs, types_rate)
     y, y_noisy, L = data.clean_labels, data.clean_given_labels, data.num_classes
     pairs = y_noisy != UNKNOWN
     C = noise.estimate_confusion(y_noisy[pairs], y[pairs], L)
@@ -51,7 +61,9 @@ def noise_model(
     z = torch.full_like(y, UNKNOWN)
     z[pairs] = noise.noise_types(y_noisy[pairs], y[pairs], C)
     classes = yield from train_on_clean(data, setup, start_pretrained=start_pretrained)
-    types = yield from train_noise_types(data, setup, z, 2 if C is None else 3)
+    types = setup.build(replace(data, num_classes=2 if C is None else 3))
+    copy_convolutions(classes, types)
+    yield from train_noise_types(types, data, z, careful)
     networks = TwoNetworks(classes, types)
     yield from em(networks, data, z, label_model(C, L), setup, clean_share)
 
@@ -122,11 +134,29 @@ def soft_cross_entropy(logits: Tensor, q: Tensor) -> Tensor:
 # Training (section 4)
 
 
+def for_types(setup: Setup, epochs: float, rate: float) -> Setup:
+    """The setup with shares of its epochs, one at least, and of its learning rate."""
+    for name, share in (("types_epochs", epochs), ("types_rate", rate)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} is {share!r}; it must be in (0, 1]")
+    recipe = setup.recipe
+    fewer = profiles.shortened(recipe, max(1, round(epochs * recipe.epochs)))
+    return replace(
+        setup, recipe=replace(fewer, learning_rate=rate * recipe.learning_rate)
+    )
+
+
+def copy_convolutions(source: Network, target: Network) -> None:
+    """Start the convolutions of `target` where those of `source` have come to."""
+    for given, own in zip(source.body.modules(), target.body.modules(), strict=True):
+        if isinstance(own, nn.Conv2d | nn.BatchNorm2d):
+            own.load_state_dict(given.state_dict())
+
+
 def train_noise_types(
-    data: NoisyData, setup: Setup, z: Tensor, num_types: int
-) -> Generator[Auxiliary, None, Network]:
-    """Train the second network on the noise types of the clean set; returns it."""
-    network = setup.build(replace(data, num_classes=num_types))
+    network: Network, data: NoisyData, z: Tensor, setup: Setup
+) -> Iterator[Auxiliary]:
+    """Train the second network, in place, on the noise types of the clean set."""
     images, z = data.clean_images[z != UNKNOWN], z[z != UNKNOWN]
 
     def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
@@ -142,7 +172,6 @@ def train_noise_types(
         stage="noise types",
     ):
         yield Auxiliary(done)
-    return network
 
 
 def em(
