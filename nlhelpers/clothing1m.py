@@ -59,13 +59,14 @@ def load(
     limit: int | None = None,
     size: int = 256,
     crop_to: int | None = None,
+    clean_val: bool = True,
     thorough: bool = False,
 ) -> tuple[NoisyData, Truth]:
     """Clothing1M as Xiao et al. (2015) use it: noisy images, and a clean set besides.
 
     The clean set, the validation and the test images are those the authors chose, with
     true labels. Where a label is unknown it is -1: the true label of a noisy image
-    that nobody checked (`Truth.labels`), and the label that a clean image would have
+    that nobody checked (`Truth.labels`), and the label that a checked image would have
     been given, if it never was (`NoisyData.clean_given_labels`).
 
     All images are looked at first. If a few are missing or damaged, the rest is used,
@@ -77,6 +78,8 @@ def load(
         limit: use at most so many images of each of the four lists; None is all.
         size: as in `ImageFiles`.
         crop_to: as in `ImageFiles`.
+        clean_val: whether `NoisyData.val_labels` are true; else they are as given, and
+            -1 where none was.
         thorough: decode each image to see whether it is damaged, which takes as long as
             an epoch; else only its header is read.
 
@@ -105,7 +108,7 @@ def load(
         images=noisy.images,
         labels=noisy.given,
         val_images=val.images,
-        val_labels=val.true,
+        val_labels=val.true if clean_val else val.given,
         num_classes=NUM_CLASSES,
         clean_images=clean.images,
         clean_labels=clean.true,

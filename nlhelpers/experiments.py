@@ -265,7 +265,28 @@ def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
     return (published if spec.dataset in PUBLISHED else prepare)(spec, device)
 
 
-def published(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+def class_names(dataset: str) -> tuple[str, ...]:
+    """The names of a data set's classes, in the order of the labels."""
+    if dataset in PUBLISHED:
+        return clothing1m.class_names(datasets.data_root() / dataset)
+    return load(dataset).class_names
+
+
+def given_val_labels(spec: Spec, device: torch.device) -> Tensor:
+    """A run's validation labels (V,) int64 before anybody checked them.
+
+    UNKNOWN where none was given. What a method validates with may be the true ones.
+    """
+    if spec.dataset in PUBLISHED:
+        return published(spec, device, clean_val=False)[0].val_labels
+    # A method that is given the same images, and validates on labels as they are.
+    unchecked = dataclasses.replace(spec, method="two-stage", settings=())
+    return prepare(unchecked, device)[0].val_labels
+
+
+def published(
+    spec: Spec, device: torch.device, *, clean_val: bool = True
+) -> tuple[NoisyData, Truth]:
     """Data that come divided, with as many clean images as the spec allows."""
     generator = torch.Generator().manual_seed(spec.seed)
     seen, truth = PUBLISHED[spec.dataset](
@@ -273,6 +294,7 @@ def published(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
         limit=spec.recipe.limit,
         size=profiles.PIXELS[spec.model] + 2 * spec.recipe.crop,
         crop_to=profiles.PIXELS[spec.model],
+        clean_val=clean_val,
     )
     chosen = torch.randperm(len(seen.clean_labels), generator=generator)
     chosen = chosen[: spec.num_clean].sort().values

@@ -1,6 +1,10 @@
 """What every test relies on: no network, and small data to train on."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -11,6 +15,7 @@ from nlhelpers import experiments, training
 from nlhelpers.experiments import Spec
 from nlhelpers.training import Recipe, Setup
 
+TOP = Path(__file__).resolve().parent.parent
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -65,3 +70,24 @@ def seeded(cpu):
     """Everything drawn in the test depends on seed 0."""
     with training.seeded(0, cpu) as generator:
         yield generator
+
+
+@pytest.fixture
+def papermill(tmp_path):
+    """Run a notebook from the top of the checkout; returns the finished process."""
+
+    def run(notebook, *words):
+        given = {"profile": "smoke", "device": "cpu"}
+        given["records_file"] = str(tmp_path / "runs.jsonl")
+        options = [w for name, value in given.items() for w in ("-p", name, value)]
+        call = [sys.executable, "-m", "papermill", str(notebook)]
+        paths = [str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return subprocess.run(
+            [*call, str(tmp_path / "out.ipynb"), *options, *words],
+            capture_output=True,
+            text=True,
+            cwd=TOP,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    return run

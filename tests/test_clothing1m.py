@@ -11,7 +11,7 @@ from PIL import Image
 from nlhelpers import clothing1m, data, experiments, files, profiles, records, training
 from nlhelpers.__main__ import main
 from nlhelpers.clothing1m import CLASS_NAMES, CLEAN, GIVEN, NOISY, TEST, TRUE, VAL
-from nlhelpers.data import DataError
+from nlhelpers.data import UNKNOWN, DataError
 from nlhelpers.experiments import Spec
 from nlhelpers.files import ImageFiles
 from nlhelpers.methods import METHODS
@@ -54,7 +54,7 @@ def write_image(path, k):
 def pristine(tmp_path_factory):
     """The set in its layout; the last six noisy images are in the clean set too.
 
-    Every third clean image never had a noisy label.
+    Every third clean or validation image never had a noisy label.
     """
     root = tmp_path_factory.mktemp("pristine") / "clothing1m"
     root.mkdir()
@@ -63,7 +63,7 @@ def pristine(tmp_path_factory):
     lists[CLEAN][:6] = lists[NOISY][-6:]
     for name, listed in lists.items():
         write(root / name, map(key, listed))
-    given = lists[NOISY] + [k for k in lists[CLEAN][6:] if k % 3]
+    given = lists[NOISY] + [k for k in lists[CLEAN][6:] + lists[VAL] if k % 3]
     write(root / GIVEN, [f"{key(k)} {GIVEN_LABEL(k)}" for k in given])
     true = lists[CLEAN] + lists[VAL] + lists[TEST]
     write(root / TRUE, [f"{key(k)} {TRUE_LABEL(k)}" for k in true])
@@ -423,6 +423,25 @@ def test_the_command_line_needs_no_name_for_the_noise(root, tmp_path, monkeypatc
     assert main([*call, "--device", "cpu", "--records", str(path)]) == 0
     (record,) = records.read(path)
     assert record["spec"]["noise"] == "crawled"
+
+
+def test_the_chapter_runs_on_it(root, papermill):
+    """The one line of whoever owns the data, with a small network in few epochs."""
+    chapter = Path(__file__).parent.parent / "notebooks" / "noise_model.ipynb"
+    values = {"dataset": "clothing1m", "noise": "crawled", "noise_rate": "None"}
+    values |= {"num_clean": "34", "model": "resnet14"}
+    options = [w for name, value in values.items() for w in ("-p", name, value)]
+    done = papermill(chapter, *options, "-y", "{methods: [noise-model]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_labels_as_they_were_given_before_the_check(root, cpu):
+    spec = Spec("clean-only", **SMALL, num_clean=34)
+    seen, _ = experiments.data_for(spec, cpu)
+    expected = [GIVEN_LABEL(k) if k % 3 else UNKNOWN for k in numbers(seen.val_images)]
+    assert experiments.given_val_labels(spec, cpu).tolist() == expected
+    assert seen.val_labels.tolist() == labels(seen.val_images, TRUE_LABEL)
+    assert experiments.class_names("clothing1m")[3] == "Class 3"
 
 
 def test_as_published_for_its_network():

@@ -412,3 +412,19 @@ def test_a_killed_grid_goes_on_without_losing_or_repeating_a_record(path):
     found = [Spec(**record["spec"]) for record in records.read(path)]
     wanted = grid(SMOKE, seed=range(seeds), method=WITHOUT_CLEAN)
     assert found == wanted  # each exactly once, in the grid's order
+
+
+def test_given_val_labels_are_those_before_the_check(cpu):
+    spec = Spec("noise-model", noise_rate=0.4, num_clean=100, profile="smoke")
+    seen, truth = experiments.data_for(spec, cpu)
+    given = experiments.given_val_labels(spec, cpu)
+    assert seen.val_labels.equal(truth.val_labels)  # checked, as its paper has it
+    assert 0.2 < (given != truth.val_labels).double().mean() < 0.6
+    unchecked = experiments.data_for(
+        dataclasses.replace(spec, method="two-stage"), cpu
+    )[0]
+    assert unchecked.val_images.equal(seen.val_images)
+
+
+def test_class_names():
+    assert experiments.class_names("digits") == tuple("0123456789")

@@ -1,9 +1,6 @@
 """Every notebook under papermill, as the README says, with good and bad parameters."""
 
 import builtins
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,27 +24,6 @@ def defaults(notebook):
     values = {}
     exec(code_cells(notebook)[0], values)
     return {name: value for name, value in values.items() if name != "__builtins__"}
-
-
-@pytest.fixture
-def papermill(tmp_path):
-    """Run a notebook from the top of the checkout; returns the finished process."""
-
-    def run(notebook, *words):
-        given = {"profile": "smoke", "device": "cpu"}
-        given["records_file"] = str(tmp_path / "runs.jsonl")
-        options = [w for name, value in given.items() for w in ("-p", name, value)]
-        call = [sys.executable, "-m", "papermill", str(notebook)]
-        paths = [str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return subprocess.run(
-            [*call, str(tmp_path / "out.ipynb"), *options, *words],
-            capture_output=True,
-            text=True,
-            cwd=TOP,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
-
-    return run
 
 
 @each_notebook
