@@ -454,8 +454,7 @@ def run_all(
     with training.processes(device):
         todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
         todo = training.agreed(todo)
-        trainings = (METHODS[s.method].trainings * s.recipe.epochs for s in todo)
-        epochs = math.ceil(sum(trainings))
+        epochs = math.ceil(sum(map(expected_epochs, todo)))
         if first:
             count = len(set(specs))
             print(f"{count - len(todo)} of {count} runs are recorded in {path}")
@@ -473,6 +472,15 @@ def run_all(
                     records.append(path, record)
                 done[spec] = record
     return [done[spec] for spec in specs if spec in done]
+
+
+def expected_epochs(spec: Spec) -> float:
+    """How many epochs a run takes, over all its trainings, for progress bars."""
+    method = METHODS[spec.method]
+    trainings = method.trainings
+    trainings += bool(dict(spec.settings).get("start_pretrained"))
+    trainings += method.clean_set == "optional" and spec.num_clean > 0
+    return trainings * spec.recipe.epochs
 
 
 def advance(bar: tqdm, event: Event) -> None:
