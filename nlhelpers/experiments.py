@@ -344,9 +344,7 @@ def run(
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
             elif isinstance(event, Screening):
-                known = truth.labels != datasets.UNKNOWN
-                right = seen.labels[known] == truth.labels[known]
-                screening = evaluation.screened(event.kept[known], right)
+                screening = screened(event, seen, truth)
             progress(event)
     return {
         "spec": spec.as_dict(),
@@ -360,6 +358,17 @@ def run(
         **records.provenance(device, source(spec)),
         "history": {name: [row[name] for row in history] for name in history[0]},
     }
+
+
+def screened(
+    event: Screening, seen: NoisyData, truth: Truth
+) -> dict[str, float] | None:
+    """What was kept of the labels whose truth is known; None if none is."""
+    known = truth.labels != datasets.UNKNOWN
+    if not known.any():
+        return None
+    right = seen.labels[known] == truth.labels[known]
+    return evaluation.screened(event.kept[known], right)
 
 
 def realised_rate(seen: NoisyData, truth: Truth) -> float | None:

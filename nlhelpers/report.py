@@ -1,5 +1,6 @@
 """Measured beside published: tables of records, and the parts of the figures."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,11 +21,6 @@ from nlhelpers.records import Record
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-METHOD_COLOURS = {
-    "cross-entropy": VERMILION,
-    "improved-baseline": ORANGE,
-    "two-stage": BLUE,
-}
 MEASURED = (
     *("row", "column", "published", "published_std", "measured", "std", "difference"),
     *("seeds", "profile", "device", "seconds", "current"),
@@ -82,7 +78,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
 
 def flat(record: Record) -> Record:
     """A record as one row: what was run, and what came out in percent."""
-    spec = record["spec"]
+    spec, rate = record["spec"], record["realised_rate"]
     settings = ", ".join(f"{name}={value}" for name, value in spec["settings"].items())
     return {
         **{k: spec[k] for k in ("method", "dataset", "noise", "seed", "profile")},
@@ -91,7 +87,7 @@ def flat(record: Record) -> Record:
         "num_clean": spec["num_clean"],
         "transition": str(spec["transition"]),
         "settings": settings,
-        "realised_rate": 100 * record["realised_rate"],
+        "realised_rate": np.nan if rate is None else 100 * rate,
         "last_accuracy": 100 * record["last_accuracy"],
         "best_accuracy": 100 * record["best_accuracy"],
         "seconds": record["seconds"],
@@ -236,12 +232,14 @@ def gallery(
 
 def plot_histories(axes: Axes, done: Sequence[Record]) -> None:
     """Test accuracy (%) over the epochs of all trainings, one line per record."""
+    methods = dict.fromkeys(record["spec"]["method"] for record in done)
+    colours = dict(zip(methods, itertools.cycle(COLOURS), strict=False))
     for record in done:
         method, history = record["spec"]["method"], record["history"]
         epochs = np.arange(1, len(history["epoch"]) + 1)
         percent = 100 * np.array(history["test_accuracy"])
-        colour = METHOD_COLOURS.get(method, BLACK)
-        axes.plot(epochs, percent, color=colour, label=METHODS[method].title)
+        title = METHODS[method].title
+        axes.plot(epochs, percent, color=colours[method], label=title)
     axes.set(xlabel="epoch, over all trainings of a method", ylabel="test accuracy (%)")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

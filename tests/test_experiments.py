@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from nlhelpers import experiments, losses, noise, profiles, records
-from nlhelpers.data import HUMAN_LABELS
+from nlhelpers import experiments, losses, noise, profiles, records, training
+from nlhelpers.data import HUMAN_LABELS, UNKNOWN
 from nlhelpers.experiments import Spec, grid, run_all
 from nlhelpers.methods import METHODS
 from nlhelpers.training import DivergenceError
@@ -428,3 +428,14 @@ def test_given_val_labels_are_those_before_the_check(cpu):
 
 def test_class_names():
     assert experiments.class_names("digits") == tuple("0123456789")
+
+
+def test_screening_is_judged_where_the_truth_is_known(cpu):
+    seen, truth = experiments.prepare(SMOKE, cpu)
+    event = training.Screening(torch.arange(len(seen.labels)) % 2 == 0)
+    truth.labels[2:] = UNKNOWN
+    truth.labels[:2] = seen.labels[:2]
+    found = experiments.screened(event, seen, truth)
+    assert found == {"correct": 0.5, "incorrect": 0.0, "unlabelled": 0.5}
+    truth.labels[:2] = UNKNOWN
+    assert experiments.screened(event, seen, truth) is None

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from nlhelpers import report
@@ -76,3 +78,25 @@ def test_the_summary_groups_seeds_and_shows_what_differs():
     assert "num_clean" not in line and "model" not in line
     lines = report.summary([*done, record(0.5, num_clean=5)]).to_dict("records")
     assert [line["num_clean"] for line in lines] == [0, 5]
+
+
+def test_the_summary_of_runs_whose_truth_nobody_knows():
+    done = [record(0.9, seed=s) | {"realised_rate": None} for s in (0, 1)]
+    (row,) = report.summary(done).itertuples()
+    assert row.last == 90 and pd.isna(row.realised)
+
+
+def test_every_method_has_a_colour_of_its_own():
+    history = {"epoch": [1, 2], "test_accuracy": [0.5, 0.75]}
+    done = [
+        record(0.9, method=method, num_clean=9, seed=seed) | {"history": history}
+        for method in ("clean-only", "bottom-up", "two-stage")
+        for seed in (0, 1)
+    ]
+    figure, axes = plt.subplots()
+    report.plot_histories(axes, done)
+    colours = [line.get_color() for line in axes.lines]
+    assert len(set(colours)) == 3 and colours[::2] == colours[1::2]
+    assert len(axes.get_legend().get_texts()) == 3
+    assert axes.lines[0].get_ydata().tolist() == [50, 75]
+    plt.close(figure)
