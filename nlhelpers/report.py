@@ -25,6 +25,8 @@ MEASURED = (
     *("row", "column", "published", "published_std", "measured", "std", "difference"),
     *("seeds", "profile", "device", "seconds", "current"),
 )
+RUN = ("row", "column", "profile", "device", "seed", "last_accuracy")
+GAINS = ("column", "over", "gain", "std", "seeds", "profile", "device")
 OTHER_CODE = "†"  # marks a value that other code than today's has measured
 
 
@@ -112,37 +114,76 @@ def measured(
         measured (mean), std (over seeds), difference, seeds, profile, device, seconds
         (mean of a run) and current (whether today's code made all of it).
     """
-    runs: dict[experiments.Spec, list[Record]] = {}
-    for record in experiments.latest(done):
-        spec = experiments.spec_of(record)
-        if spec is not None:
-            cell_spec = replace(spec, seed=0, profile="paper")
-            runs.setdefault(cell_spec, []).append(flat(record))
     lines = []
-    for cell in table.cells:
-        if cell.spec not in runs:
-            continue
-        rows = pd.DataFrame(runs[cell.spec])
-        for (profile, device), part in rows.groupby(["profile", "device"]):
-            lines.append(
-                {
-                    "row": cell.row,
-                    "column": cell.column,
-                    "published": cell.value,
-                    "published_std": cell.std,
-                    "measured": part[value].mean(),
-                    "std": part[value].std(),
-                    "seeds": part["seed"].nunique(),
-                    "profile": profile,
-                    "device": device,
-                    "seconds": part["seconds"].mean(),
-                    "current": part["current"].all(),
-                }
-            )
+    by = ["row", "column", "profile", "device"]
+    for names, part in runs_of(table, done).groupby(by, sort=False):
+        lines.append(
+            dict(zip(by, names, strict=True))
+            | part.iloc[0][["published", "published_std"]].to_dict()
+            | {
+                "measured": part[value].mean(),
+                "std": part[value].std(),
+                "seeds": part["seed"].nunique(),
+                "seconds": part["seconds"].mean(),
+                "current": part["current"].all(),
+            }
+        )
     frame = pd.DataFrame(lines, columns=MEASURED)
     frame["difference"] = frame["measured"] - frame["published"]
     order = pd.Categorical(frame["column"], frame["column"].unique())
     return frame.iloc[order.codes.argsort(kind="stable")].reset_index(drop=True)
+
+
+def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
+    """The runs behind a table's cells, one line each.
+
+    Returns:
+        `flat` of each record, with row, column, published and published_std of its
+        cell.
+    """
+    found: dict[experiments.Spec, list[Record]] = {}
+    for record in experiments.latest(done):
+        spec = experiments.spec_of(record)
+        if spec is not None:
+            cell_spec = replace(spec, seed=0, profile="paper")
+            found.setdefault(cell_spec, []).append(flat(record))
+    lines = []
+    for cell in table.cells:
+        place = {"row": cell.row, "column": cell.column}
+        place |= {"published": cell.value, "published_std": cell.std}
+        lines += [line | place for line in found.get(cell.spec, ())]
+    return pd.DataFrame(lines, columns=list(lines[0]) if lines else RUN)
+
+
+def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:
+    """How much better one row of a table is than each other one, seed by seed.
+
+    Two runs of one seed have the same noise and the same split, so that their
+    difference says more than the difference of two means.
+
+    Returns:
+        One line per column, other row and profile: gain and its std over the seeds, in
+        percentage points of the last accuracy, and seeds.
+    """
+    wide = runs_of(table, done).pivot_table(
+        index=["column", "profile", "device", "seed"],
+        columns="row",
+        values="last_accuracy",
+        sort=False,
+    )
+    if row not in wide:
+        return pd.DataFrame(columns=GAINS)
+    gain = wide.rsub(wide[row], axis=0).drop(columns=row)
+    gain = (
+        gain.rename_axis(columns="over").stack().dropna().rename("gain").reset_index()
+    )
+    by = ["column", "over", "profile", "device"]
+    stats = {
+        "gain": ("gain", "mean"),
+        "std": ("gain", "std"),
+        "seeds": ("gain", "size"),
+    }
+    return gain.groupby(by, sort=False).agg(**stats).reset_index()[list(GAINS)]
 
 
 def beside(frame: pd.DataFrame) -> Styler:

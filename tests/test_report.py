@@ -100,3 +100,31 @@ def test_every_method_has_a_colour_of_its_own():
     assert len(axes.get_legend().get_texts()) == 3
     assert axes.lines[0].get_ydata().tolist() == [50, 75]
     plt.close(figure)
+
+
+def test_gains_are_taken_seed_by_seed():
+    table = Table(
+        "paper",
+        "Table 2",
+        "Another",
+        (
+            Cell("ours", "a", None, spec=SPEC),
+            Cell(
+                "plain",
+                "a",
+                None,
+                spec=dataclasses.replace(SPEC, method="cross-entropy"),
+            ),
+            Cell("absent", "a", None, spec=dataclasses.replace(SPEC, num_clean=7)),
+        ),
+    )
+    done = [record(0.90, seed=0), record(0.96, seed=1), record(0.5, seed=2)]
+    done += [record(x, seed=s, method="cross-entropy") for s, x in ((0, 0.8), (1, 0.9))]
+    (line,) = report.gains(table, done, "ours").itertuples()
+    assert (line.column, line.over, line.seeds) == ("a", "plain", 2)
+    assert line.gain == pytest.approx(8.0)
+    assert line.std == pytest.approx(8**0.5)  # of 10 and 6
+    (turned,) = report.gains(table, done, "plain").itertuples()
+    assert turned.gain == pytest.approx(-8.0)
+    assert report.gains(table, done, "absent").empty
+    assert report.gains(table, [], "ours").empty
