@@ -20,7 +20,15 @@ from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
-from nlhelpers.training import Auxiliary, Epoch, Event, Recipe, Screening, Setup
+from nlhelpers.training import (
+    Auxiliary,
+    Correction,
+    Epoch,
+    Event,
+    Recipe,
+    Screening,
+    Setup,
+)
 
 
 @dataclass(frozen=True)
@@ -337,7 +345,7 @@ def run(
     method = METHODS[spec.method]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    history, screening = [], None
+    history, screening, label_accuracy = [], None, []
     with training.seeded(spec.seed, device) as generator:
         setup = Setup(spec.model, spec.recipe, generator)
         for event in method.run(seen, setup, **dict(spec.settings)):
@@ -345,6 +353,10 @@ def run(
                 history.append(evaluation.measure(event, truth))
             elif isinstance(event, Screening):
                 screening = screened(event, seen, truth)
+            elif isinstance(event, Correction):
+                now = dataclasses.replace(seen, labels=event.labels)
+                wrong = realised_rate(now, truth)
+                label_accuracy.append(None if wrong is None else 1 - wrong)
             progress(event)
     return {
         "spec": spec.as_dict(),
@@ -353,6 +365,7 @@ def run(
         "realised_rate": realised_rate(seen, truth),
         **evaluation.outcome(history),
         "screening": screening,
+        "label_accuracy": label_accuracy,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mb": records.peak_memory(device),
         **records.provenance(device, source(spec)),
@@ -486,9 +499,8 @@ def run_all(
 def expected_epochs(spec: Spec) -> float:
     """How many epochs a run takes, over all its trainings, for progress bars."""
     method = METHODS[spec.method]
-    trainings = method.trainings
+    trainings = method.trainings + method.clean_trainings * (spec.num_clean > 0)
     trainings += bool(dict(spec.settings).get("start_pretrained"))
-    trainings += method.clean_set == "optional" and spec.num_clean > 0
     return trainings * spec.recipe.epochs
 
 

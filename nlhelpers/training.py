@@ -135,7 +135,14 @@ class Auxiliary:
     epoch: Epoch
 
 
-Event = Epoch | Auxiliary | Screening
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a method now takes for the labels: (N,) int64 over `data.labels`."""
+
+    labels: Tensor
+
+
+Event = Epoch | Auxiliary | Screening | Correction
 
 
 def fit(

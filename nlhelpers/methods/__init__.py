@@ -1,8 +1,8 @@
 """One file per method, each a short generator function in its paper's symbols.
 
 A method is called as `method(data, setup, **settings)`. It yields an `Epoch` after
-every epoch and a `Screening` when it decides which labels to believe; its settings are
-its keyword-only arguments.
+every epoch, a `Screening` when it decides which labels to believe, and a `Correction`
+when it changes them; its settings are its keyword-only arguments.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from nlhelpers.methods import (
     improved_baseline,
     noise_model,
     noisy_as_truth,
+    self_learning,
     two_stage,
 )
 from nlhelpers.training import Event
@@ -31,6 +32,7 @@ class Method:
         trainings: how many times it takes the recipe's epochs, for progress bars.
         clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
+        clean_trainings: how many `trainings` more it takes if it has a clean set.
     """
 
     run: Callable[..., Iterator[Event]]
@@ -38,6 +40,7 @@ class Method:
     trainings: float = 1
     clean_set: str = "unused"
     clean_validation: bool = False
+    clean_trainings: float = 0
 
     @property
     def settings(self) -> dict[str, object]:
@@ -52,7 +55,9 @@ METHODS = {
     "improved-baseline": Method(
         improved_baseline.improved_baseline, "improved baseline", trainings=2
     ),
-    "two-stage": Method(two_stage.two_stage, "two-stage", 2, "optional"),
+    "two-stage": Method(
+        two_stage.two_stage, "two-stage", 2, "optional", clean_trainings=1
+    ),
     # Xiao et al. (2015)
     "clean-only": Method(clean_only.clean_only, "clean only", 1, "needed", True),
     "clean-only-pretrained": Method(
@@ -77,4 +82,8 @@ METHODS = {
     ),
     "bottom-up": Method(bottom_up.bottom_up, "bottom-up", 2, "needed", True),
     "noise-model": Method(noise_model.noise_model, "noise model", 2.25, "needed", True),
+    # Han et al. (2019)
+    "self-learning": Method(
+        self_learning.self_learning, "self-learning", 1, "optional"
+    ),
 }
