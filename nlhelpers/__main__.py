@@ -14,6 +14,7 @@ from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
 
+DATASET = "digits"  # unless told
 EXPECTED = (
     ValueError,
     data.DataError,
@@ -61,7 +62,11 @@ def add_grid(command: argparse.ArgumentParser) -> None:
     """The options that say which runs; several values make a grid."""
     command.add_argument("table", nargs="?", help=f"a table: {', '.join(TABLES)}")
     command.add_argument("--method", nargs="+", metavar="NAME")
-    command.add_argument("--dataset", default="digits", metavar="NAME")
+    command.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="the digits unless told; of a table on one data set, that one",
+    )
     command.add_argument("--noise", nargs="+", metavar="NAME")
     command.add_argument("--noise-rate", nargs="+", type=rate, metavar="P")
     command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S")
@@ -84,10 +89,11 @@ def specs(options: argparse.Namespace) -> list[Spec]:
     """The runs that the options name."""
     if options.table is not None:
         experiments.known("table", options.table, TABLES)
-        experiments.known("data set", options.dataset, experiments.DATASETS)
         experiments.known("profile", options.profile, profiles.PROFILES)
         table = TABLES[options.table]
-        found = table.specs(options.dataset, options.profile, options.seeds)
+        dataset = options.dataset or only(table.datasets)
+        experiments.known("data set", dataset, experiments.DATASETS)
+        found = table.specs(dataset, options.profile, options.seeds)
         check_choice(options)
         runs = [spec for spec in found if chosen(spec, options)]
         if not runs:
@@ -95,8 +101,9 @@ def specs(options: argparse.Namespace) -> list[Spec]:
                 f"{options.table} has no run with these methods, noises and rates"
             )
         return runs
+    dataset = options.dataset or DATASET
     base = {
-        "dataset": options.dataset,
+        "dataset": dataset,
         "profile": options.profile,
         "model": options.model,
         "num_clean": options.num_clean,
@@ -107,10 +114,15 @@ def specs(options: argparse.Namespace) -> list[Spec]:
     return [
         Spec(method=method, noise=noise, noise_rate=p, seed=seed, **base)
         for seed in options.seeds
-        for noise in options.noise or [default_noise(options.dataset)]
+        for noise in options.noise or [default_noise(dataset)]
         for p in options.noise_rate or [default_rate(noise)]
         for method in options.method or ["cross-entropy"]
     ]
+
+
+def only(datasets: list[str]) -> str:
+    """The data set of a table that has one; else the default."""
+    return datasets[0] if len(datasets) == 1 else DATASET
 
 
 def check_choice(options: argparse.Namespace) -> None:

@@ -7,15 +7,14 @@ image under the root.
 """
 
 import itertools
-import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
+from nlhelpers import crawled
+from nlhelpers.crawled import Part, read_lines
 from nlhelpers.data import UNKNOWN, DataError, NoisyData, Truth, data_root
 from nlhelpers.files import ImageFiles
 
@@ -28,28 +27,7 @@ CLEAN = "clean_train_key_list.txt"
 VAL = "clean_val_key_list.txt"
 TEST = "clean_test_key_list.txt"
 TABLES = {NOISY: GIVEN, CLEAN: TRUE, VAL: TRUE, TEST: TRUE}  # with each list's labels
-MOST_BROKEN = 0.01  # a larger share of broken images is no accident
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """The images of one list, or some of them.
-
-    Attributes:
-        images: N files.
-        given: (N,) int64, noisy labels, or `data.UNKNOWN`.
-        true: (N,) int64, labels checked by hand, or `data.UNKNOWN`.
-        index: (N,) int64, where each image stands in its list.
-    """
-
-    images: ImageFiles
-    given: Tensor
-    true: Tensor
-    index: Tensor
-
-    def __getitem__(self, index: Tensor) -> "Part":
-        """A subset by int64 or bool (N,)."""
-        return Part(*(value[index] for value in vars(self).values()))
+FILES = (*TABLES, GIVEN, TRUE, CLASS_NAMES, "images/")
 
 
 def load(
@@ -87,10 +65,8 @@ def load(
         DataError: if the set is missing, if a list is malformed or disagrees with
             another one, or if more than 1 % of the images are missing or damaged.
     """
-    root = data_root() / "clothing1m" if root is None else Path(root)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit!r}; it must be 1 or more, or None for all")
-    check_layout(root)
+    root = folder(root)
+    crawled.check_limit(limit)
     class_names(root)
     tables = {name: read_labels(root / name) for name in (GIVEN, TRUE)}
     keys = {name: read_lines(root / name) for name in TABLES}
@@ -100,40 +76,30 @@ def load(
         images = ImageFiles(root, listed, size, crop_to)
         given, true = (look_up(listed, tables[table]) for table in (GIVEN, TRUE))
         part = Part(images, given, true, torch.arange(len(listed)))
-        chosen = torch.randperm(len(listed), generator=generator)[:limit]
-        parts[name] = part[chosen.sort().values]
-    parts = without_broken(parts, thorough)
-    noisy, clean, val, test = (parts[name] for name in (NOISY, CLEAN, VAL, TEST))
-    seen = NoisyData(
-        images=noisy.images,
-        labels=noisy.given,
-        val_images=val.images,
-        val_labels=val.true if clean_val else val.given,
-        num_classes=NUM_CLASSES,
-        clean_images=clean.images,
-        clean_labels=clean.true,
-        clean_given_labels=clean.given,
-    )
-    truth = Truth(
-        labels=noisy.true,
-        val_labels=val.true,
-        test_images=test.images,
-        test_labels=test.true,
-        index=noisy.index,
-    )
-    return seen, truth
+        parts[name] = part.drawn(limit, generator)
+    parts = crawled.without_broken(parts, thorough)
+    sets = (parts[name] for name in (NOISY, CLEAN, VAL, TEST))
+    return crawled.divided(*sets, num_classes=NUM_CLASSES, clean_val=clean_val)
 
 
-def class_names(root: Path) -> tuple[str, ...]:
-    """The 14 English names of the classes, in the order of their labels."""
+def folder(root: Path | None = None) -> Path:
+    """Where the set lies: `root`, or if that is None, `clothing1m` in `data_root()`."""
+    return data_root() / "clothing1m" if root is None else Path(root)
+
+
+def class_names(root: Path | None = None) -> tuple[str, ...]:
+    """The 14 English names of the classes, in the order of their labels.
+
+    Args:
+        root: as in `load`.
+
+    Raises:
+        DataError: if any part of the set is missing.
+    """
+    root = folder(root)
+    check_layout(root)
     path = root / CLASS_NAMES
-    names = read_lines(path)
-    if len(names) != NUM_CLASSES:
-        raise DataError(
-            f"{path} has {len(names)} names, not {NUM_CLASSES}; put the published file "
-            "there"
-        )
-    return tuple(names)
+    return crawled.check_names(path, read_lines(path), NUM_CLASSES)
 
 
 # Reading the lists
@@ -141,28 +107,13 @@ def class_names(root: Path) -> tuple[str, ...]:
 
 def check_layout(root: Path) -> None:
     """Raise DataError, which says what to put where, unless the set is complete."""
-    files = [*TABLES, GIVEN, TRUE, CLASS_NAMES]
-    missing = [name for name in files if not (root / name).is_file()]
-    missing += [] if (root / "images").is_dir() else ["images/"]
-    if missing:
-        lack = f"lacks {', '.join(missing)}" if root.exists() else "is missing"
-        raise DataError(
-            f"{root} {lack}; ask the authors of Clothing1M for the set ({SOURCE}) and "
-            f"put images/, the key lists, the label tables and {CLASS_NAMES} there, or "
-            "set NLHELPERS_DATA to the folder that holds clothing1m/"
-        )
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, of which none may be blank."""
-    # A path need not be UTF-8; what is not comes through as it is.
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    lines = [line.strip() for line in text.rstrip().split("\n")]
-    if "" in lines:
-        raise DataError(
-            f"{path}, line {lines.index('') + 1} is blank; put the published file there"
-        )
-    return lines
+    crawled.check_layout(
+        root,
+        FILES,
+        f"ask the authors of Clothing1M for the set ({SOURCE}) and put images/, the "
+        f"key lists, the label tables and {CLASS_NAMES} there, or set NLHELPERS_DATA "
+        "to the folder that holds clothing1m/",
+    )
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -224,31 +175,3 @@ def check_lists(
 def look_up(keys: Sequence[str], table: Mapping[str, int]) -> Tensor:
     """The label of each key, (N,) int64; UNKNOWN where the table has none."""
     return torch.tensor([table.get(key, UNKNOWN) for key in keys])
-
-
-# Looking at the images
-
-
-def without_broken(parts: Mapping[str, Part], thorough: bool) -> dict[str, Part]:
-    """The parts less their missing and damaged images, of which one warning tells.
-
-    Raises:
-        DataError: if they are more than 1 % of all.
-    """
-    broken = {n: part.images.broken(thorough=thorough) for n, part in parts.items()}
-    lost = [name for n, part in parts.items() for name in part.images[broken[n]].names]
-    total = sum(len(part.index) for part in parts.values())
-    if lost:
-        root = parts[NOISY].images.root
-        first = ", ".join(os.fsdecode(name) for name in lost[:5])
-        found = (
-            f"{len(lost):,} of {total:,} images under {root} are missing or damaged, "
-            f"first {first}"
-        )
-        if len(lost) > MOST_BROKEN * total:
-            raise DataError(
-                f"{found}; more than {MOST_BROKEN:.0%} are too many: unpack the "
-                "published archives again"
-            )
-        warnings.warn(f"{found}; the run goes on without them", stacklevel=3)
-    return {name: part[~broken[name]] for name, part in parts.items()}

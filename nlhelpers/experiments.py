@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nlhelpers import clothing1m, evaluation, noise, profiles, records, training
+from nlhelpers import (
+    clothing1m,
+    evaluation,
+    food101n,
+    noise,
+    profiles,
+    records,
+    training,
+)
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS
@@ -92,7 +100,8 @@ class Spec:
         if (self.noise == CRAWLED) != (self.dataset in PUBLISHED):
             raise ValueError(
                 f"noise is {self.noise!r} and dataset is {self.dataset!r}; "
-                f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and its only one"
+                f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and they have no "
+                "other"
             )
         own_rate = self.noise in OWN_RATE
         if own_rate and self.noise_rate is not None:
@@ -259,7 +268,11 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 
 
 # Data sets that come divided, with noisy labels of their own and clean ones beside.
-PUBLISHED = {"clothing1m": clothing1m.load}
+PUBLISHED = {"clothing1m": clothing1m.load, "food101n": food101n.load}
+PUBLISHED_NAMES = {
+    "clothing1m": clothing1m.class_names,
+    "food101n": food101n.class_names,
+}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
 NOISE_NAMES = (*NOISES, CRAWLED)
@@ -276,7 +289,7 @@ def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
 def class_names(dataset: str) -> tuple[str, ...]:
     """The names of a data set's classes, in the order of the labels."""
     if dataset in PUBLISHED:
-        return clothing1m.class_names(datasets.data_root() / dataset)
+        return PUBLISHED_NAMES[dataset]()
     return load(dataset).class_names
 
 

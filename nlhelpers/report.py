@@ -25,7 +25,7 @@ MEASURED = (
     *("row", "column", "published", "published_std", "measured", "std", "difference"),
     *("seeds", "profile", "device", "seconds", "current"),
 )
-RUN = ("row", "column", "profile", "device", "seed", "last_accuracy")
+RUN = ("row", "column", "profile", "device", "seed", "value")
 GAINS = ("column", "over", "gain", "std", "seeds", "profile", "device")
 OTHER_CODE = "†"  # marks a value that other code than today's has measured
 
@@ -79,8 +79,26 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
 
 
 def flat(record: Record) -> Record:
-    """A record as one row: what was run, and what came out in percent."""
-    spec, rate = record["spec"], record["realised_rate"]
+    """A record as one row: what was run, and what came out, in percent.
+
+    `kept_right`, `kept_wrong` and `forgotten` are shares of the labels after a
+    screening; `labels_given`, `labels_first` and `labels_last` are the shares of right
+    labels as given, when first corrected and in the end. NaN is what was not measured.
+    """
+    spec, wrong = record["spec"], record["realised_rate"]
+    kept = record.get("screening") or {}
+    corrected = record.get("label_accuracy") or [None]
+    shares = {
+        "realised_rate": wrong,
+        "last_accuracy": record["last_accuracy"],
+        "best_accuracy": record["best_accuracy"],
+        "kept_right": kept.get("correct"),
+        "kept_wrong": kept.get("incorrect"),
+        "forgotten": kept.get("unlabelled"),
+        "labels_given": None if wrong is None else 1 - wrong,
+        "labels_first": corrected[0],
+        "labels_last": corrected[-1],
+    }
     settings = ", ".join(f"{name}={value}" for name, value in spec["settings"].items())
     return {
         **{k: spec[k] for k in ("method", "dataset", "noise", "seed", "profile")},
@@ -89,25 +107,20 @@ def flat(record: Record) -> Record:
         "num_clean": spec["num_clean"],
         "transition": str(spec["transition"]),
         "settings": settings,
-        "realised_rate": np.nan if rate is None else 100 * rate,
-        "last_accuracy": 100 * record["last_accuracy"],
-        "best_accuracy": 100 * record["best_accuracy"],
+        **{name: np.nan if x is None else 100 * x for name, x in shares.items()},
         "seconds": record["seconds"],
         "device": record["device"],
         "current": experiments.is_current(record),
     }
 
 
-def measured(
-    table: Table, done: Sequence[Record], value: str = "last_accuracy"
-) -> pd.DataFrame:
+def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """A published table's cells that we run, each beside what the records measured.
 
     Args:
         table: whose cells to fill.
         done: records; those that are no cell's run are left out. A cell measured in
             two profiles, or on two devices, gives two lines.
-        value: a number of `flat`, in percent.
 
     Returns:
         One line per cell and profile: row, column, published (percent), published_std,
@@ -121,8 +134,8 @@ def measured(
             dict(zip(by, names, strict=True))
             | part.iloc[0][["published", "published_std"]].to_dict()
             | {
-                "measured": part[value].mean(),
-                "std": part[value].std(),
+                "measured": part["value"].mean(),
+                "std": part["value"].std(),
                 "seeds": part["seed"].nunique(),
                 "seconds": part["seconds"].mean(),
                 "current": part["current"].all(),
@@ -138,8 +151,8 @@ def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """The runs behind a table's cells, one line each.
 
     Returns:
-        `flat` of each record, with row, column, published and published_std of its
-        cell.
+        `flat` of each record, with row, column, published, published_std and measured
+        value of its cell.
     """
     found: dict[experiments.Spec, list[Record]] = {}
     for record in experiments.latest(done):
@@ -151,7 +164,10 @@ def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     for cell in table.cells:
         place = {"row": cell.row, "column": cell.column}
         place |= {"published": cell.value, "published_std": cell.std}
-        lines += [line | place for line in found.get(cell.spec, ())]
+        lines += [
+            line | place | {"value": line[cell.measure]}
+            for line in found.get(cell.spec, ())
+        ]
     return pd.DataFrame(lines, columns=list(lines[0]) if lines else RUN)
 
 
@@ -163,12 +179,12 @@ def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:
 
     Returns:
         One line per column, other row and profile: gain and its std over the seeds, in
-        percentage points of the last accuracy, and seeds.
+        percentage points, and seeds.
     """
     wide = runs_of(table, done).pivot_table(
         index=["column", "profile", "device", "seed"],
         columns="row",
-        values="last_accuracy",
+        values="value",
         sort=False,
     )
     if row not in wide:

@@ -9,6 +9,7 @@ import ast
 import inspect
 import io
 import json
+import symtable
 import sys
 import textwrap
 import tokenize
@@ -149,11 +150,11 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
 
 
 def named(source: str, module: ModuleType) -> Iterator[tuple[str, object]]:
-    """Names in a source that its module knows, with what they stand for.
+    """Names that a source looks up in its module, with what they stand for.
 
     Of `a.b`, where `a` is a module of the package, that is `b`.
     """
-    known = vars(module)
+    known = {name: vars(module)[name] for name in looked_up(source) & set(vars(module))}
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Name(id=name) if name in known:
@@ -162,6 +163,19 @@ def named(source: str, module: ModuleType) -> Iterator[tuple[str, object]]:
                 owner = known.get(base)
                 if inspect.ismodule(owner) and in_package(owner.__name__):
                     yield name, getattr(owner, name)
+
+
+def looked_up(source: str) -> set[str]:
+    """Names in a source that are neither parameters nor local variables."""
+    whole = symtable.symtable(source, "<source>", "exec")
+    names = {symbol.get_name() for symbol in whole.get_symbols()}
+    todo = whole.get_children()
+    while todo:
+        scope = todo.pop()
+        symbols = scope.get_symbols()
+        names |= {symbol.get_name() for symbol in symbols if symbol.is_global()}
+        todo += scope.get_children()
+    return names
 
 
 def qualified(thing: object) -> str:

@@ -16,7 +16,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import batches, data, experiments, losses, noise, records, training
+from nlhelpers import (
+    batches,
+    data,
+    experiments,
+    losses,
+    noise,
+    prototypes,
+    records,
+    training,
+)
 from nlhelpers.experiments import Spec
 from nlhelpers.training import Setup
 
@@ -112,6 +121,30 @@ def bench_confusion(pairs: int = 1_000_000, num_classes: int = 1000) -> None:
     print(f"C from {pairs:,} pairs of {num_classes:,} classes: {seconds:.2f} s, 1 core")
 
 
+def bench_prototypes(m: int = 2560, d: int = 256, K: int = 14, p: int = 8) -> None:
+    """Print what choosing prototypes takes (under 5 s), and correcting 10^6 labels.
+
+    The latter should take under 10 s and 500 MB besides the features themselves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    of_class = torch.randn(m, d, generator=generator).abs()
+    started = time.perf_counter()
+    for _ in range(K):
+        chosen = prototypes.by_density(of_class, p, prototypes.Rule())
+    selecting = time.perf_counter() - started
+    classes = prototypes.class_directions([of_class[chosen]] * K)
+    features = torch.randn(1_000_000, d, generator=generator)
+    before = records.peak_memory(torch.device("cpu"))
+    started = time.perf_counter()
+    prototypes.corrected(features.split(2000), classes)
+    correcting = time.perf_counter() - started
+    line = f"prototypes of {K} classes among {m:,} images each: {selecting:.1f} s; "
+    line += f"10^6 labels corrected: {correcting:.1f} s"
+    if before is not None:
+        line += f", {records.peak_memory(torch.device('cpu')) - before:,.0f} MB"
+    print(line)
+
+
 def main() -> None:
     """Run all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -122,10 +155,11 @@ def main() -> None:
     print(f"{records.device_name(device)}, batch {BATCH_SIZE}")
     for name in SIZES:
         bench(name, device, options.rounds)
-    bench_confusion()
     peak = records.peak_memory(device)
     if peak is not None:
         print(f"peak memory, CIFAR-10 included: {peak:,.0f} MB")
+    bench_confusion()
+    bench_prototypes()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nlhelpers import __main__ as cli
 from nlhelpers import data, experiments, losses, records, report
 from nlhelpers.__main__ import main
 from nlhelpers.experiments import Spec
@@ -76,6 +77,14 @@ def test_a_grid_skips_what_is_recorded(run, path, capsys):
 def test_a_table_by_name(run, path, table):
     assert run("key2020-table1") == 0
     assert [spec.method for spec in specs_in(path)] == ["cross-entropy", "two-stage"]
+
+
+def test_a_table_on_one_data_set_needs_no_name_for_it():
+    words = ["run", "xiao2015-cifar10", "--method", "noise-model"]
+    (spec,) = cli.specs(cli.parser().parse_args(words))
+    assert spec.dataset == "cifar10"
+    (spec,) = cli.specs(cli.parser().parse_args(["run"]))
+    assert spec.dataset == "digits"
 
 
 def test_part_of_a_table(run, path, table):

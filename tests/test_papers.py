@@ -188,3 +188,87 @@ def test_xiaos_logs():
     assert found["ours", column].value == 68.94
     for (row, _), cell in found.items():
         assert (cell.spec.num_clean, cell.spec.noise_rate) == (10_000, 0.3), row
+
+
+# ---------------------------------------------------------------- Han et al. (2019)
+
+
+def published(name, column="Clothing1M"):
+    return {row: cell.value for (row, c), cell in cells(name).items() if c == column}
+
+
+def test_han_table_1():
+    found = published("han2019-table1")
+    assert len(found) == 13
+    assert found["ours, 1M noisy"] == 74.45
+    assert found["ours, 1M noisy + 25k verify"] == 76.44
+    assert found["cross-entropy, 1M noisy + 50k clean"] == 80.27
+    for data in ("1M noisy", "1M noisy + 25k verify", "1M noisy + 50k clean"):
+        values = {r: v for r, v in found.items() if r.endswith(f", {data}")}
+        assert max(values, key=values.get) == f"ours, {data}"  # in bold
+
+
+def test_han_tables_run_what_their_rows_say():
+    found = cells("han2019-table1")
+    for column, dataset in (
+        ("Clothing1M", "clothing1m"),
+        ("CIFAR-10N, worst", "cifar10"),
+    ):
+        plain = found["cross-entropy, 1M noisy", column].spec
+        ours = found["ours, 1M noisy", column].spec
+        verified = found["ours, 1M noisy + 25k verify", column].spec
+        tuned = found["ours, 1M noisy + 50k clean", column].spec
+        reference = found["cross-entropy, 1M noisy + 50k clean", column].spec
+        start = {"start_pretrained": True} if dataset == "clothing1m" else {}
+        assert {s.dataset for s in (plain, ours, verified, tuned)} == {dataset}
+        assert dict(plain.settings) == {"alpha": 0.0} | start
+        assert dict(ours.settings) == dict(verified.settings) == start
+        assert plain.num_clean == ours.num_clean == 0
+        assert 0 < verified.num_clean < tuned.num_clean == reference.num_clean
+        assert dict(tuned.settings) == {"finetune": True} | start
+        assert dict(reference.settings) == {"finetune": True, "alpha": 0.0} | start
+        assert found["forward, 1M noisy", column].spec is None
+    # A fortieth and a twentieth of the images, as of Clothing1M's million.
+    assert verified.num_clean * 40 == tuned.num_clean * 20 == 50_000
+
+
+def test_han_table_2():
+    found = cells("han2019-table2")
+    places = ("original", "correct initial", "correct final")
+    assert [published("han2019-table2")[row] for row in places] == [61.74, 74.38, 77.36]
+    measures = [found[row, "Clothing1M"].measure for row in places]
+    assert measures == ["labels_given", "labels_first", "labels_last"]
+
+
+def test_han_tables_3_to_5():
+    found = published("han2019-table3")
+    finals = [found[f"m = {m}, 1M noisy"] for m in (320, 640, 1280, 2560)]
+    assert finals == [74.37, 74.07, 74.45, 74.27]
+    verified = [
+        found[f"m = {m}, 1M noisy + 25k verify"] for m in (320, 640, 1280, 2560)
+    ]
+    assert verified == [76.43, 76.49, 76.44, 76.55]
+    assert found["m = 2560, 1M noisy + 25k verify, initial"] == 74.21
+    spec = cells("han2019-table3")["m = 320, 1M noisy", "Clothing1M"].spec
+    assert dict(spec.settings)["num_samples"] == 320
+    found = published("han2019-table4")
+    assert list(found.values()) == [74.08, 76.22, 74.11, 76.05, 74.45, 76.44]
+    assert published("han2019-table5", "Food-101N") == {
+        "cross-entropy": 84.51,
+        "CleanNet, hard": 83.47,
+        "CleanNet, soft": 83.95,
+        "ours": 85.11,
+    }
+
+
+def test_the_default_run_is_the_same_in_every_table_of_han():
+    specs = {
+        cells(name)[row, "CIFAR-10N, worst"].spec
+        for name, row in (
+            ("han2019-table1", "ours, 1M noisy"),
+            ("han2019-table2", "correct final"),
+            ("han2019-table3", "m = 1280, 1M noisy"),
+            ("han2019-table4", "ours, 1M noisy"),
+        )
+    }
+    assert len(specs) == 1

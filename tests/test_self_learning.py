@@ -9,7 +9,7 @@ from nlhelpers import experiments, prototypes, training
 from nlhelpers.data import UNKNOWN
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, self_learning
-from nlhelpers.training import Correction, Epoch
+from nlhelpers.training import Auxiliary, Correction, Epoch
 
 SMALL = {"num_samples": 60, "num_prototypes": 3}
 
@@ -176,3 +176,11 @@ def test_the_default_start_is_after_a_third():
     assert self_learning.checked_start(None, 120) == 41
     assert self_learning.checked_start(None, 2) == 2
     assert self_learning.checked_start(2, 2) == 2
+
+
+def test_it_starts_from_pretrained_layers_if_told(prepared, make_setup):
+    seen, _ = prepared
+    events = run(seen, make_setup(), start_pretrained=True)
+    kinds = [type(event) for event in events]
+    assert kinds == [Auxiliary] * 2 + [Epoch, Correction] * 2
+    assert events[0].epoch.stage == "rotation"

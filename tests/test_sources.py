@@ -251,3 +251,19 @@ def test_the_hash_does_not_repeat_what_the_record_holds():
         {"settings": {"threshold": 0.8}},
     ):
         assert experiments.source(Spec("two-stage", **change)) == base
+
+
+def test_a_local_name_is_no_reference():
+    """A parameter may be called like a function of its module."""
+    found = sources.looked_up(
+        "@decorated(limit=most)\n"
+        "def user(recipe: Kind, items=default):\n"
+        "    inner = items\n"
+        "    def nested(x):\n"
+        "        return helper(x, recipe, inner)\n"
+        "    return nested\n"
+    )
+    assert found - {"user"} == {"decorated", "most", "Kind", "default", "helper"}
+    assert "recipe" in sources.looked_up("def f(x):\n    return recipe(x)\n")
+    inside = sources.looked_up("class A:\n    def f(self):\n        return A, B\n")
+    assert {"A", "B"} <= inside

@@ -19,6 +19,7 @@ from nlhelpers import batches, losses, profiles, prototypes, training
 from nlhelpers.data import NoisyData
 from nlhelpers.methods.clean_only import clean_batches
 from nlhelpers.models import Network
+from nlhelpers.pretraining import pretrained
 from nlhelpers.prototypes import Rule, Selector
 from nlhelpers.training import Correction, Epoch, Event, Setup
 
@@ -38,6 +39,7 @@ def self_learning(
     S_c: float | None = None,
     top: float = 0.4,
     eta: float = 0.95,
+    start_pretrained: bool = False,
     finetune: bool = False,
 ) -> Iterator[Event]:
     """Algorithm 1. If the data have a clean set, prototypes come from it alone.
@@ -54,13 +56,15 @@ def self_learning(
         S_c: similarity of neighbours, as in `prototypes.Rule`.
         top: the share of similarities that sets S_c if it is None.
         eta: the largest similarity of a prototype to a denser image.
+        start_pretrained: whether the network starts pretrained, as on photographs.
         finetune: whether to end with a training on the clean set, the slides' "50k
             clean".
     """
     first = checked_start(start_epoch, setup.recipe.epochs)
     check(data, alpha, num_samples, num_prototypes, finetune)
     select, rule = prototypes.selector(selector), Rule(S_c, top, eta)
-    network = setup.build(data)
+    start = (yield from pretrained(data, setup)) if start_pretrained else None
+    network = start or setup.build(data)
     y, y_hat = data.labels, data.labels.clone()
     weight = torch.zeros((), device=y.device)  # alpha, as soon as y_hat is corrected
 

@@ -138,6 +138,12 @@ SHARES = {
     "after stage 1": (16.8, 0.2, 81.0),
 }
 
+MEASURES = {
+    "correct": "kept_right",
+    "incorrect": "kept_wrong",
+    "no label": "forgotten",
+}
+
 TABLE2 = Table(
     "ding2018",
     "Table 2",
@@ -150,11 +156,10 @@ TABLE2 = Table(
             spec=_spec("ours", "cifar10", "asymmetric", 0.6)
             if row == "after stage 1"
             else None,
+            measure=measure,
         )
         for row, values in SHARES.items()
-        for column, value in zip(
-            ("correct", "incorrect", "no label"), values, strict=True
-        )
+        for (column, measure), value in zip(MEASURES.items(), values, strict=True)
     ),
 )
 

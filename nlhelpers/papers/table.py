@@ -15,6 +15,7 @@ class Cell:
         value: in percent; None where the paper has no such cell and we add one.
         std: standard deviation over the paper's runs, in percentage points, if printed.
         spec: the run that measures it, seed and profile aside; None if nothing does.
+        measure: which number of a run it is, a key of `report.flat`.
     """
 
     row: str
@@ -22,6 +23,7 @@ class Cell:
     value: float | None
     std: float | None = None
     spec: Spec | None = None
+    measure: str = "last_accuracy"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Table:
     caption: str
     cells: tuple[Cell, ...] = field(repr=False)
 
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets that its cells run on."""
+        return sorted({cell.spec.dataset for cell in self.cells if cell.spec})
+
     def specs(self, dataset: str, profile: str, seeds: range | list[int]) -> list[Spec]:
         """The runs behind the cells of a data set, seed by seed, none twice."""
         runs = [
@@ -49,9 +56,8 @@ class Table:
             if cell.spec is not None and cell.spec.dataset == dataset
         ]
         if not runs:
-            able = sorted({cell.spec.dataset for cell in self.cells if cell.spec})
             raise ValueError(
                 f"{self.label} of {self.paper} has no runs on {dataset!r}; it has on "
-                f"{', '.join(able)}"
+                f"{', '.join(self.datasets)}"
             )
         return list(dict.fromkeys(runs))

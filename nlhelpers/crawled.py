@@ -1,0 +1,173 @@
+"""Data sets of photographs in files, with labels found beside them.
+
+What such sets share: lists in text files, images of which a few may be damaged, and a
+division into training, clean, validation and test images that their authors made.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from nlhelpers.data import DataError, NoisyData, Truth
+from nlhelpers.files import ImageFiles
+
+MOST_BROKEN = 0.01  # a larger share of broken images is no accident
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The images of one list, or some of them.
+
+    Attributes:
+        images: N files.
+        given: (N,) int64, noisy labels, or `data.UNKNOWN`.
+        true: (N,) int64, labels checked by hand, or `data.UNKNOWN`.
+        index: (N,) int64, where each image stands in its list.
+    """
+
+    images: ImageFiles
+    given: Tensor
+    true: Tensor
+    index: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Part":
+        """A subset by int64 or bool (N,)."""
+        return Part(*(value[index] for value in vars(self).values()))
+
+    def drawn(self, limit: int | None, generator: Generator) -> "Part":
+        """At most `limit` of the images, chosen at random; None is all of them."""
+        chosen = torch.randperm(len(self.index), generator=generator)[:limit]
+        return self[chosen.sort().values]
+
+
+def divided(
+    noisy: Part, clean: Part, val: Part, test: Part, num_classes: int, clean_val: bool
+) -> tuple[NoisyData, Truth]:
+    """The four parts as a method sees them, and what only the evaluation sees.
+
+    Args:
+        noisy: to train on.
+        clean: with true labels.
+        val: to validate on.
+        test: with true labels.
+        num_classes: K.
+        clean_val: whether a method validates on true labels; else on given ones.
+    """
+    seen = NoisyData(
+        images=noisy.images,
+        labels=noisy.given,
+        val_images=val.images,
+        val_labels=val.true if clean_val else val.given,
+        num_classes=num_classes,
+        clean_images=clean.images,
+        clean_labels=clean.true,
+        clean_given_labels=clean.given,
+    )
+    truth = Truth(
+        labels=noisy.true,
+        val_labels=val.true,
+        test_images=test.images,
+        test_labels=test.true,
+        index=noisy.index,
+    )
+    return seen, truth
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise ValueError unless a limit leaves an image."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit!r}; it must be 1 or more, or None for all")
+
+
+# Reading the lists
+
+
+def check_layout(root: Path, names: Iterable[str], advice: str) -> None:
+    """Raise DataError, which names all that is missing, unless a set is complete.
+
+    Args:
+        root: the folder that should hold it.
+        names: files, and folders with a / at the end.
+        advice: what to put where.
+    """
+    missing = [name for name in names if not is_there(root / name, name[-1] == "/")]
+    if missing:
+        lack = f"lacks {', '.join(missing)}" if root.exists() else "is missing"
+        raise DataError(f"{root} {lack}; {advice}")
+
+
+def is_there(path: Path, folder: bool) -> bool:
+    """Whether a path is a folder, or else a file."""
+    return path.is_dir() if folder else path.is_file()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, of which none may be blank."""
+    # A path need not be UTF-8; what is not comes through as it is.
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if "" in lines:
+        raise DataError(
+            f"{path}, line {lines.index('') + 1} is blank; put the published file there"
+        )
+    return lines
+
+
+def check_names(path: Path, names: Sequence[str], number: int) -> tuple[str, ...]:
+    """The names of the classes; raise DataError unless there are so many."""
+    if len(names) != number:
+        raise DataError(
+            f"{path} has {len(names)} names, not {number}; put the published file there"
+        )
+    return tuple(names)
+
+
+# Leaving out what is damaged
+
+
+def without_broken(parts: Mapping[str, Part], thorough: bool) -> dict[str, Part]:
+    """The parts less their missing and damaged images, of which one warning tells.
+
+    An image in two parts counts twice.
+
+    Raises:
+        DataError: if they are more than 1 % of all.
+    """
+    broken = {n: part.images.broken(thorough=thorough) for n, part in parts.items()}
+    lost = [name for n, part in parts.items() for name in part.images[broken[n]].names]
+    total = sum(len(part.index) for part in parts.values())
+    root = next(iter(parts.values())).images.root
+    tolerate(
+        [os.fsdecode(name) for name in lost],
+        total,
+        f"images under {root} are missing or damaged",
+        "unpack the published archives again",
+    )
+    return {name: part[~broken[name]] for name, part in parts.items()}
+
+
+def tolerate(lost: Sequence[str], total: int, what: str, advice: str) -> None:
+    """Warn of what is left out, on behalf of whoever loads a set.
+
+    Args:
+        lost: its names.
+        total: how many there are in all.
+        what: what they are and lack, for the message.
+        advice: what to do if they are too many.
+
+    Raises:
+        DataError: if it is more than 1 % of all.
+    """
+    if not lost:
+        return
+    first = ", ".join(dict.fromkeys(lost[:5]))
+    found = f"{len(lost):,} of {total:,} {what}, first {first}"
+    if len(lost) > MOST_BROKEN * total:
+        raise DataError(f"{found}; more than {MOST_BROKEN:.0%} are too many: {advice}")
+    # Tells of the line that called `load`, two calls further up.
+    warnings.warn(f"{found}; the run goes on without them", stacklevel=4)
