@@ -371,6 +371,26 @@ def test_convolutions_are_copied_and_nothing_else(model):
         assert own.equal(given if copied else before[name])
 
 
+def test_the_second_network_starts_with_the_convolutions_of_the_first(
+    cpu, make_setup, monkeypatch
+):
+    class Stop(Exception):
+        pass
+
+    def stop(types, *rest):
+        raise Stop(types)
+
+    monkeypatch.setattr(noise_model, "train_noise_types", stop)
+    seen, _ = experiments.prepare(Spec("noise-model", num_clean=100), cpu)
+    setup = dataclasses.replace(make_setup(epochs=1), model="resnet14")
+    classes = None
+    with pytest.raises(Stop) as stopped:
+        for event in METHODS["noise-model"].run(seen, setup):
+            classes = event.model
+    (types,) = stopped.value.args
+    assert types.body[0].weight.equal(classes.body[0].weight)
+
+
 def test_what_no_clean_image_showed_is_unlikely_not_impossible():
     Q = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0]])
     found = noisy_log_likelihood(torch.zeros(3, 3), torch.tensor([0, 1, 2]), Q)

@@ -152,13 +152,20 @@ def test_what_is_close_to_a_denser_image_comes_last():
     assert set(chosen[-4:]) == {0, 1, 3, 4}
 
 
-def test_density_peaks_by_hand():
-    """Two groups on a line: the peaks of both, although one is denser."""
-    line = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 9.0, 9.1, 9.2, 5.0])
-    features = torch.stack([line, torch.ones(9)], dim=1)
-    chosen = found.by_euclidean_density(features, 2, Rule())
-    groups = {int(line[i] > 8) for i in chosen}
-    assert 8 not in chosen.tolist() or len(groups) == 1
+def test_density_peaks_as_in_plain_loops(features):
+    """The largest rho * delta, with distances and counts taken pair by pair."""
+    S = found.euclidean(features)
+    d = (-S.whole).tolist()
+    near = -found.cutoff(S, 0.02)
+    m = len(d)
+    rho = [sum(x < near for x in row) for row in d]
+    delta = []
+    for i in range(m):
+        denser = [d[i][j] for j in range(m) if rho[j] > rho[i]]
+        delta.append(min(denser) if denser else max(d[i]))
+    product = [r * x for r, x in zip(rho, delta, strict=True)]
+    expected = sorted(range(m), key=lambda i: -product[i])[:5]
+    assert found.by_euclidean_density(features, 5, Rule()).tolist() == expected
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -128,3 +128,18 @@ def test_gains_are_taken_seed_by_seed():
     assert turned.gain == pytest.approx(-8.0)
     assert report.gains(table, done, "absent").empty
     assert report.gains(table, [], "ours").empty
+
+
+def test_a_cell_may_measure_the_labels():
+    cells = [
+        Cell(name, "a", None, spec=SPEC, measure=name)
+        for name in ("labels_given", "labels_first", "labels_last", "forgotten")
+    ]
+    table = Table("paper", "Table 2", "Labels", tuple(cells))
+    shares = {"correct": 0.2, "incorrect": 0.1, "unlabelled": 0.7}
+    done = record(0.5) | {"label_accuracy": [0.5, 0.6, 0.8], "screening": shares}
+    assert report.measured(table, [done])["measured"].tolist() == [76, 50, 80, 70]
+    (missing,) = (
+        report.measured(table, [record(0.5)]).query("row == 'forgotten'").values
+    )
+    assert pd.isna(missing[4])
