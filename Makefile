@@ -18,7 +18,7 @@ book: $(ENV) ## run the notebooks that changed, build the book, print where it i
 	$(BIN)/python book/build.py
 
 test: $(ENV) ## run all tests; after `make book` they also open every page
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(ENV) ## check style and format, notebooks included
 	$(BIN)/ruff check .

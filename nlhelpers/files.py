@@ -27,6 +27,7 @@ from nlhelpers.data import DataError
 CPU = torch.device("cpu")
 LAYOUT = torch.channels_last
 PIECE = 64  # files that a worker reads for one answer; few, to keep memory low
+FEW = 512  # files that are read here in less time than workers take to start
 # Kinds of pictures that are opened. PIL knows others, some of which start programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
@@ -52,7 +53,8 @@ class ImageFiles:
         size: pixels of each side that are decoded.
         crop_to: pixels of each side that a network sees; None is `size`.
         device: where decoded images are delivered.
-        workers: processes that decode; 0 decodes in this one, None is one per core.
+        workers: processes that decode; 0 decodes in this one, None is one per core,
+            or none where the files are few.
     """
 
     root: Path
@@ -143,7 +145,9 @@ class ImageFiles:
         """What `work` makes of the files at each piece's indices, in order."""
         # Paths travel piece by piece: a worker never holds the whole list.
         names = [self.names[piece.numpy()] for piece in pieces]
-        workers = cores() if self.workers is None else self.workers
+        workers = self.workers
+        if workers is None:
+            workers = cores() if sum(map(len, names)) > FEW else 0
         workers = min(workers, len(names)) if len(names) > 1 else 0
         results = DataLoader(
             work,

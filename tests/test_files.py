@@ -495,3 +495,19 @@ def test_a_network_learns_from_files(dark_and_light, seeded):
     probs = training.predict(network, images)
     tensor = torch.cat(list(images.split(7)))
     assert torch.allclose(probs, training.predict(network, tensor), atol=1e-5)
+
+
+@pytest.mark.parametrize(("few", "started"), [(COUNT - 1, 2), (COUNT, 0)])
+def test_workers_start_only_where_it_pays(images, whole, few, started, monkeypatch):
+    asked = []
+    loader = files.DataLoader
+
+    def noted(*given, num_workers, multiprocessing_context, **options):
+        asked.append(num_workers)
+        return loader(*given, num_workers=0, **options)
+
+    monkeypatch.setattr(files, "DataLoader", noted)
+    monkeypatch.setattr(files, "cores", lambda: 2)
+    monkeypatch.setattr(files, "FEW", few)
+    found = torch.cat(list(replace(images, workers=None).split(5)))
+    assert found.equal(whole) and asked == [started]
