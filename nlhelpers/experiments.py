@@ -268,11 +268,7 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 
 
 # Data sets that come divided, with noisy labels of their own and clean ones beside.
-PUBLISHED = {"clothing1m": clothing1m.load, "food101n": food101n.load}
-PUBLISHED_NAMES = {
-    "clothing1m": clothing1m.class_names,
-    "food101n": food101n.class_names,
-}
+PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
 NOISE_NAMES = (*NOISES, CRAWLED)
@@ -289,7 +285,7 @@ def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
 def class_names(dataset: str) -> tuple[str, ...]:
     """The names of a data set's classes, in the order of the labels."""
     if dataset in PUBLISHED:
-        return PUBLISHED_NAMES[dataset]()
+        return PUBLISHED[dataset].class_names()
     return load(dataset).class_names
 
 
@@ -310,7 +306,7 @@ def published(
 ) -> tuple[NoisyData, Truth]:
     """Data that come divided, with as many clean images as the spec allows."""
     generator = torch.Generator().manual_seed(spec.seed)
-    seen, truth = PUBLISHED[spec.dataset](
+    seen, truth = PUBLISHED[spec.dataset].load(
         generator,
         limit=spec.recipe.limit,
         size=profiles.PIXELS[spec.model] + 2 * spec.recipe.crop,
@@ -408,7 +404,7 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
 def source(spec: Spec) -> str:
     """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
     if spec.dataset in PUBLISHED:
-        of_data = PUBLISHED[spec.dataset], published
+        of_data = PUBLISHED[spec.dataset].load, published
     else:
         of_data = datasets.DATASETS[spec.dataset], NOISES[spec.noise], prepare
     return records.source_hash(

@@ -39,16 +39,8 @@ CAFFE_QUICK = Recipe(
 CLOTHING1M = replace(CAFFE_QUICK, epochs=16, batch_size=256, weight_decay=5e-4)
 
 # The slides of Han et al. (2019) name no settings for Food-101N; these are ours.
-FOOD101N = Recipe(
-    epochs=30,
-    batch_size=128,
-    optimiser="sgd",
-    learning_rate=0.01,
-    momentum=0.9,
-    weight_decay=5e-4,
-    factor=0.1,
-    falls_after=(10, 20),
-    val_share=0.05,
+FOOD101N = replace(
+    CLOTHING1M, epochs=30, batch_size=128, learning_rate=0.01, falls_after=(10, 20)
 )
 
 PHOTOGRAPHS = {"clothing1m": CLOTHING1M, "food101n": FOOD101N}  # for any model

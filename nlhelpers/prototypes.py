@@ -69,8 +69,8 @@ def directions(features: Tensor) -> Tensor:
     Raises:
         ValueError: if a norm is zero.
     """
-    norms = checked_norms(features.double())
-    return on_grid(features.double() / norms[:, None])
+    x = features.double()
+    return on_grid(x / checked_norms(x)[:, None])
 
 
 def checked_norms(features: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from nlhelpers.files import ImageFiles
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import xiao2015
 from nlhelpers.training import Recipe, Setup
+from photographs import SIZE, copy, edit, write, write_image
 
 ROWS_OF_XIAO = [method for method, *_ in xiao2015.ROWS.values()]
 
-SIZE = 16
 COUNTS = {NOISY: 132, CLEAN: 36, VAL: 16, TEST: 16}  # 200: two of them are 1 %
 # By a key's number: its noisy label, and the one checked by hand.
 GIVEN_LABEL, TRUE_LABEL = (lambda k: k % 14), (lambda k: (k // 2) % 14)
@@ -33,21 +33,6 @@ def key(k):
 def number(name):
     """The number in a key."""
     return int(name.decode().rpartition(",")[2].removesuffix(".jpg"))
-
-
-def write(path, lines):
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def edit(path, change):
-    write(path, change(path.read_text().splitlines()))
-
-
-def write_image(path, k):
-    """One colour, which tells the number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((SIZE, SIZE, 3), (k, 255 - k, 128), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, quality=95)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +63,7 @@ def root(pristine, tmp_path, monkeypatch):
     """A copy in which any file may be changed, under the data root."""
     monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
     root = tmp_path / "clothing1m"
-    for path in pristine.rglob("*.*"):
-        copy = root / path.relative_to(pristine)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    return root
+    return copy(pristine, root)
 
 
 @pytest.fixture(autouse=True)

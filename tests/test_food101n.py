@@ -23,8 +23,8 @@ from nlhelpers.food101n import (
     TEST_IMAGES,
     VAL,
 )
+from photographs import SIZE, copy, edit, write, write_image
 
-SIZE = 16
 LISTED, TESTED = range(240), range(240, 256)
 VERIFIED = {CLEAN: range(100, 220), VAL: range(40, 60)}
 HEADERS = {
@@ -54,22 +54,6 @@ def number(name):
     return int(name.decode().rpartition("-")[2].removesuffix(".jpg"))
 
 
-def write(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def edit(path, change):
-    write(path, change(path.read_text().splitlines()))
-
-
-def write_image(path, k):
-    """One colour, which tells the number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((SIZE, SIZE, 3), (k, 255 - k, 128), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, quality=95)
-
-
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """Both sets in their layout, under one folder."""
@@ -90,11 +74,7 @@ def root(pristine, tmp_path, monkeypatch):
     """A copy in which any file may be changed, as the data root."""
     root = tmp_path / "data"
     monkeypatch.setenv("NLHELPERS_DATA", str(root))
-    for path in pristine.rglob("*.*"):
-        copy = root / path.relative_to(pristine)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    return root
+    return copy(pristine, root)
 
 
 @pytest.fixture(autouse=True)
