@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from nlhelpers import records
+from photographs import write_clothing1m, write_food101n
 
 TOP = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -35,6 +36,27 @@ def test_it_runs_and_stores_its_runs_where_it_is_told(notebook, papermill, tmp_p
     assert all(cell.execution_count for cell in code)
     stored = records.read(tmp_path / "runs.jsonl")
     assert {record["spec"]["profile"] for record in stored} <= {"smoke"}
+
+
+PHOTOGRAPHS = {
+    "clothing1m": lambda data: write_clothing1m(data / "clothing1m"),
+    "food101n": write_food101n,
+}
+
+
+@pytest.mark.parametrize("dataset", PHOTOGRAPHS)
+def test_self_learning_runs_on_photographs(dataset, papermill, tmp_path, monkeypatch):
+    """The one line of whoever owns the data, with a network that needs no download."""
+    PHOTOGRAPHS[dataset](tmp_path)
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
+    values = {"dataset": dataset, "noise": "crawled", "noise_rate": "None"}
+    values |= {"model": "caffe-quick"}
+    options = [w for name, value in values.items() for w in ("-p", name, value)]
+    done = papermill(TOP / "notebooks" / "self_learning.ipynb", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = records.read(tmp_path / "runs.jsonl")
+    assert {record["spec"]["dataset"] for record in stored} == {dataset}
+    assert all(record["spec"]["settings"]["start_pretrained"] for record in stored)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,8 @@ def test_han_tables_run_what_their_rows_say():
         assert dict(tuned.settings) == {"finetune": True} | start
         assert dict(reference.settings) == {"finetune": True, "alpha": 0.0} | start
         assert found["forward, 1M noisy", column].spec is None
+        network = "resnet50" if dataset == "clothing1m" else "caffe-quick"
+        assert {s.model for s in (plain, ours, verified, tuned, reference)} == {network}
     # A fortieth and a twentieth of the images, as of Clothing1M's million.
     assert verified.num_clean * 40 == tuned.num_clean * 20 == 50_000
 
@@ -238,6 +240,36 @@ def test_han_table_2():
     assert [published("han2019-table2")[row] for row in places] == [61.74, 74.38, 77.36]
     measures = [found[row, "Clothing1M"].measure for row in places]
     assert measures == ["labels_given", "labels_first", "labels_last"]
+
+
+def test_hans_open_column_has_the_network_of_xiaos():
+    """So that methods of two papers can be compared."""
+    column = "CIFAR-10N, worst"
+    fields = ("dataset", "noise", "noise_rate", "model", "profile")
+    protocols = {
+        tuple(getattr(cell.spec, field) for field in fields)
+        for name in TABLES
+        for cell in TABLES[name].cells
+        if cell.column == column and cell.spec
+    }
+    assert protocols == {("cifar10", "human-worst", None, "caffe-quick", "paper")}
+
+
+def test_m_is_open_only_where_it_matters():
+    """Of each class fewer images are verified than any m: one run stands for all."""
+    table = cells("han2019-table3")
+    places = {row: cell for (row, c), cell in table.items() if c == "CIFAR-10N, worst"}
+    assert list(places) == [
+        "m = 320, 1M noisy",
+        "m = 640, 1M noisy",
+        "m = 1280, 1M noisy",
+        "m = 1280, 1M noisy + 25k verify",
+        "m = 2560, 1M noisy",
+    ]
+    verified = places["m = 1280, 1M noisy + 25k verify"].spec
+    assert verified.num_clean / 10 < 320
+    assert all(cell.value is None for cell in places.values())
+    assert len({cell.spec for cell in places.values()}) == 5
 
 
 def test_han_tables_3_to_5():
