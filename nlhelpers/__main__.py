@@ -74,6 +74,11 @@ def add_grid(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="", metavar="NAME")
     command.add_argument("--num-clean", type=int, default=0, metavar="M")
     command.add_argument("--transition", metavar="CSV", help="T, for --noise given")
+    command.add_argument("--task", default="", help="two groups, like '5,7 vs 2,4'")
+    command.add_argument(
+        "--pi", nargs=2, type=float, metavar=("PI_P", "PI_N"), help="of a task"
+    )
+    command.add_argument("--num-images", type=int, default=0, metavar="N")
     command.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE")
     command.add_argument(
         "--records", type=Path, default=Path("records/runs.jsonl"), metavar="JSONL"
@@ -108,13 +113,16 @@ def specs(options: argparse.Namespace) -> list[Spec]:
         "model": options.model,
         "num_clean": options.num_clean,
         "settings": dict(map(setting, options.set)),
+        "task": options.task,
+        "pi": options.pi,
+        "num_images": options.num_images,
     }
     if options.transition:
         base["transition"] = read_transition(Path(options.transition))
     return [
         Spec(method=method, noise=noise, noise_rate=p, seed=seed, **base)
         for seed in options.seeds
-        for noise in options.noise or [default_noise(dataset)]
+        for noise in options.noise or [default_noise(dataset, options.task)]
         for p in options.noise_rate or [default_rate(noise)]
         for method in options.method or ["cross-entropy"]
     ]
@@ -133,14 +141,16 @@ def check_choice(options: argparse.Namespace) -> None:
         experiments.known("noise", name, experiments.NOISE_NAMES)
     for p in options.noise_rate or []:
         check_rate(p)
-    fixed = ("model", "num_clean", "transition", "set")
+    fixed = ("model", "num_clean", "transition", "task", "pi", "num_images", "set")
     for name in (name for name in fixed if getattr(options, name)):
         option = "--" + name.replace("_", "-")
         raise ValueError(f"{option} is fixed by the table; leave out one of the two")
 
 
-def default_noise(dataset: str) -> str:
-    """Symmetric, unless the data come with noise of their own."""
+def default_noise(dataset: str, task: str) -> str:
+    """Symmetric, unless the data or the task come with noise of their own."""
+    if task:
+        return experiments.BINARY
     crawled = dataset in experiments.PUBLISHED
     return experiments.CRAWLED if crawled else "symmetric"
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nlhelpers import (
+    binary,
     clothing1m,
     evaluation,
     food101n,
@@ -49,14 +50,19 @@ class Spec:
     Attributes:
         method: a key of `methods.METHODS`.
         dataset: a key of `data.DATASETS` or of PUBLISHED.
-        noise: a key of NOISES, or "crawled" for the labels of a set in PUBLISHED.
+        noise: a key of NOISES, "crawled" for the labels of a set in PUBLISHED, or
+            "binary" for those of a task.
         noise_rate: probability that a label is changed (on the classes that the noise
-            touches); None for "given" and human labels, which have their own.
+            touches); None for noise that has its own.
         seed: decides the noise, the split, the weights and the batches.
         profile: one of `profiles.PROFILES`.
         model: a key of `models.MODELS`; "" is the data set's default.
         num_clean: images whose true labels the method may use.
         transition: T as K rows, for the noise "given" only.
+        task: two groups of classes, like "5,7 vs 2,4", for the noise "binary" only.
+        pi: fractions of right labels among those labelled positive and negative, for
+            a task.
+        num_images: how many different ones a task has to train on.
         settings: the method's own settings, as a mapping or as pairs.
     """
 
@@ -69,6 +75,9 @@ class Spec:
     model: str = ""
     num_clean: int = 0
     transition: tuple[tuple[float, ...], ...] | None = None
+    task: str = ""
+    pi: tuple[float, float] | None = None
+    num_images: int = 0
     settings: Mapping[str, object] | tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,7 +90,9 @@ class Spec:
         known("model", self.model, MODELS)
         self._set("seed", natural("seed", self.seed))
         self._set("num_clean", natural("num_clean", self.num_clean))
+        self._set("num_images", natural("num_images", self.num_images))
         self._check_noise()
+        self._check_task()
         self._set("settings", self._checked_settings())
         use = METHODS[self.method].clean_set
         if self.num_clean and use == "unused":
@@ -137,6 +148,31 @@ class Spec:
             rows = noise.check_transition(rows).tolist()
             self._set("transition", tuple(tuple(row) for row in rows))
 
+    def _check_task(self) -> None:
+        asked = {"task": self.task, "pi": self.pi, "num_images": self.num_images}
+        if self.noise != BINARY:
+            if METHODS[self.method].two_classes:
+                raise ValueError(
+                    f"noise is {self.noise!r}, but {self.method} is for two classes; "
+                    f"set noise to {BINARY!r} and task to two groups of classes, like "
+                    "'5,7 vs 2,4'"
+                )
+            for name, value in asked.items():
+                if value:
+                    raise ValueError(
+                        f"{name} is {value!r}, but noise is {self.noise!r}; it belongs "
+                        f"to a task, whose noise is {BINARY!r}"
+                    )
+            return
+        binary.groups(self.task)
+        self._set("pi", binary.check_pi(self.pi))
+        if not self.num_images:
+            raise ValueError("num_images is 0; say how many a task has to train on")
+        if self.num_clean:
+            raise ValueError(
+                f"num_clean is {self.num_clean}, but a task has no clean set"
+            )
+
     def _checked_settings(self) -> tuple[tuple[str, object], ...]:
         try:
             settings = dict(self.settings)
@@ -159,6 +195,8 @@ class Spec:
     @property
     def recipe(self) -> Recipe:
         """How networks are trained in this run."""
+        if self.task:
+            return profiles.upsampled(self.model, self.profile)
         return profiles.recipe(self.dataset, self.model, self.profile)
 
     def as_dict(self) -> Record:
@@ -169,7 +207,10 @@ class Spec:
     def __str__(self) -> str:
         """A short line for progress bars."""
         rate = "" if self.noise_rate is None else f" {self.noise_rate:g}"
-        return f"{self.method}, {self.dataset}, {self.noise}{rate}, seed {self.seed}"
+        noise = f"{self.noise}{rate}"
+        if self.task:
+            noise = f"{self.task}, {self.num_images} images, pi {self.pi}"
+        return f"{self.method}, {self.dataset}, {noise}, seed {self.seed}"
 
 
 def known(what: str, value: object, allowed: Iterable[str]) -> None:
@@ -271,15 +312,24 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
-NOISE_NAMES = (*NOISES, CRAWLED)
-OWN_RATE = ("given", CRAWLED, *datasets.HUMAN_LABELS)  # noises that take no rate
+# The noise of binary tasks, whose data are few.
+BINARY = "binary"
+NOISE_NAMES = (*NOISES, CRAWLED, BINARY)
+OWN_RATE = ("given", CRAWLED, BINARY, *datasets.HUMAN_LABELS)  # noises without a rate
 
 # Running
 
 
 def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
     """A run's data on the device: what the method sees, and what only we see."""
-    return (published if spec.dataset in PUBLISHED else prepare)(spec, device)
+    return source_of_data(spec)(spec, device)
+
+
+def source_of_data(spec: Spec) -> Callable[[Spec, torch.device], tuple]:
+    """The function that gives a run its data."""
+    if spec.dataset in PUBLISHED:
+        return published
+    return binary_task if spec.task else prepare
 
 
 def class_names(dataset: str) -> tuple[str, ...]:
@@ -333,6 +383,19 @@ def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
         num_clean=spec.num_clean,
         clean_val=METHODS[spec.method].clean_validation,
         limit=spec.recipe.limit,
+    )
+    return seen.to(device), truth.to(device)
+
+
+def binary_task(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
+    """Two groups of classes with few images, which are repeated."""
+    seen, truth = binary.load(
+        load(spec.dataset),
+        spec.task,
+        spec.pi,
+        spec.num_images,
+        torch.Generator().manual_seed(spec.seed),
+        rows=spec.recipe.limit or binary.UPSAMPLED,
     )
     return seen.to(device), truth.to(device)
 
@@ -403,10 +466,13 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
 
 def source(spec: Spec) -> str:
     """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
+    of_data = [source_of_data(spec)]
     if spec.dataset in PUBLISHED:
-        of_data = PUBLISHED[spec.dataset].load, published
+        of_data += [PUBLISHED[spec.dataset].load]
     else:
-        of_data = datasets.DATASETS[spec.dataset], NOISES[spec.noise], prepare
+        of_data += [datasets.DATASETS[spec.dataset]]
+    if spec.noise in NOISES:
+        of_data += [NOISES[spec.noise]]
     return records.source_hash(
         METHODS[spec.method].run,
         MODELS[spec.model],
@@ -509,7 +575,9 @@ def expected_epochs(spec: Spec) -> float:
     """How many epochs a run takes, over all its trainings, for progress bars."""
     method = METHODS[spec.method]
     trainings = method.trainings + method.clean_trainings * (spec.num_clean > 0)
-    trainings += bool(dict(spec.settings).get("start_pretrained"))
+    settings = method.settings | dict(spec.settings)
+    trainings += bool(settings.get("start_pretrained"))
+    trainings += settings.get("game_epochs", 0)
     return trainings * spec.recipe.epochs
 
 

@@ -181,6 +181,39 @@ class CaffeQuick(nn.Sequential):
             nn.init.zeros_(layer.bias)
 
 
+class DeepMnist(nn.Sequential):
+    """Two 5x5 convolutions and two linear layers, widths 32-64-1024-K.
+
+    The classifier of Chiaroni et al. (2019): the network of TensorFlow's tutorial "Deep
+    MNIST for experts", each convolution followed by ReLU and 2x2 max-pooling.
+    """
+
+    def __init__(self, shape: torch.Size, num_classes: int, dropout: float) -> None:
+        """Build it for images of `shape` (C, H, W), of 4 pixels or more."""
+        if min(shape[1:]) < 4:
+            raise ValueError(
+                f"deep-mnist takes images of 4 pixels or more, not {tuple(shape[1:])}"
+            )
+        height, width = (side // 4 for side in shape[1:])
+        super().__init__(
+            nn.Conv2d(shape[0], 32, 5, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * height * width, 1024),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(1024, num_classes),
+        )
+        for layer in self:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
+                nn.init.constant_(layer.bias, 0.1)
+
+
 def he_normal(module: nn.Module) -> None:
     """Draw every weight matrix and kernel from N(0, 2 / fan_in); biases become 0."""
     for layer in module.modules():
@@ -205,6 +238,11 @@ def caffe_quick(
 ) -> CaffeQuick:
     """Caffe's "quick" network for images of `shape` (C, H, W); it has no dropout."""
     return CaffeQuick(shape, num_classes)
+
+
+def deep_mnist(shape: torch.Size, num_classes: int, dropout: float | None) -> DeepMnist:
+    """The tutorial's network for images of `shape`; dropout 0.5 unless told."""
+    return DeepMnist(shape, num_classes, 0.5 if dropout is None else dropout)
 
 
 def resnet50(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.Module:
@@ -237,6 +275,7 @@ MODELS = {
     "mlp": mlp,
     "resnet14": resnet14,
     "caffe-quick": caffe_quick,
+    "deep-mnist": deep_mnist,
     "alexnet": alexnet,
     "resnet50": resnet50,
 }

@@ -38,6 +38,11 @@ CAFFE_QUICK = Recipe(
 )
 CLOTHING1M = replace(CAFFE_QUICK, epochs=16, batch_size=256, weight_decay=5e-4)
 
+# Chiaroni et al. (2019), section 3.1; they name no batch size. The rate stays.
+DEEP_MNIST = Recipe(
+    epochs=25, batch_size=128, optimiser="adam", learning_rate=1e-4, patience=25
+)
+
 # The slides of Han et al. (2019) name no settings for Food-101N; these are ours.
 FOOD101N = replace(
     CLOTHING1M, epochs=30, batch_size=128, learning_rate=0.01, falls_after=(10, 20)
@@ -49,11 +54,19 @@ RECIPES = {
     "mlp": MLP,
     "resnet14": RESNET,
     "caffe-quick": CAFFE_QUICK,
+    "deep-mnist": DEEP_MNIST,
     "alexnet": CLOTHING1M,
     "resnet50": RESNET,
 }
 # Epochs of `quick`, where they are fewer than the paper's.
-QUICK = {"mlp": 10, "resnet14": 6, "caffe-quick": 6, "alexnet": 2, "resnet50": 3}
+QUICK = {
+    "mlp": 10,
+    "resnet14": 6,
+    "caffe-quick": 6,
+    "deep-mnist": 10,
+    "alexnet": 2,
+    "resnet50": 3,
+}
 
 # Pixels of each side that a network sees of a photograph.
 PIXELS = dict.fromkeys(RECIPES, 32) | {"alexnet": 224, "resnet50": 224}
@@ -83,6 +96,16 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
     if profile == "quick" and dataset != "digits":
         limit = 5_000 if model != "mlp" else None
         return replace(shortened(paper, QUICK[model]), limit=limit)
+    return paper
+
+
+def upsampled(model: str, profile: str) -> Recipe:
+    """The recipe of a task whose few images are repeated to many (`binary`)."""
+    paper = replace(RECIPES[model], crop=0, flip=False)
+    if profile == "smoke":
+        return replace(shortened(paper, 2), limit=600)
+    if profile == "quick":
+        return replace(shortened(paper, QUICK[model]), limit=5_000)
     return paper
 
 

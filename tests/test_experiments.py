@@ -17,7 +17,11 @@ from nlhelpers.experiments import Spec, grid, run_all
 from nlhelpers.methods import METHODS
 from nlhelpers.training import DivergenceError
 
-WITHOUT_CLEAN = [n for n, method in METHODS.items() if method.clean_set != "needed"]
+WITHOUT_CLEAN = [
+    name
+    for name, method in METHODS.items()
+    if method.clean_set != "needed" and not method.two_classes
+]
 SMOKE = Spec(profile="smoke")
 HALF = ((0.5, 0.5), (0.25, 0.75))
 

@@ -112,6 +112,21 @@ def test_a_given_transition(run, path, tmp_path):
     assert 0.03 < record["realised_rate"] < 0.18  # 0.09 in the mean
 
 
+def test_a_task_of_two_groups(run, path):
+    words = ("--task", "5,7 vs 2,4", "--pi", "0.7", "0.85", "--num-images", "100")
+    assert run("--method", "cross-entropy", "rank-pruning", *words) == 0
+    first, second = specs_in(path)
+    assert first == Spec(
+        noise="binary",
+        noise_rate=None,
+        task="5,7 vs 2,4",
+        pi=(0.7, 0.85),
+        num_images=100,
+        profile="smoke",
+    )
+    assert second.method == "rank-pruning"
+
+
 def test_no_time_no_run(run, path, capsys):
     assert run("--time-budget", "0") == 0
     assert records.read(path) == []
@@ -173,6 +188,10 @@ def test_list_names_everything(capsys):
         (["--method", "two-stage", "--set", "threshold=high"], "threshold is 'high'"),
         (["--transition", "none.csv", "--noise", "given"], "--transition: none.csv"),
         (["--noise", "given"], "'given' belong together"),
+        (["--method", "nl-gan"], "nl-gan is for two classes"),
+        (["--task", "5 vs 5"], "names 5 twice"),
+        (["--task", "5 vs 7"], "pi is None"),
+        (["--pi", "0.7", "0.8"], "pi is [0.7, 0.8], but noise is 'symmetric'"),
         (["ding2018-table4"], "did you mean 'ding2018-table"),
         (["ding2018-table3"], "no runs on 'digits'; it has on cifar10, mnist"),
         (["ding2018-table3", "--dataset", "mnits"], "did you mean 'mnist'"),
@@ -184,6 +203,8 @@ def test_list_names_everything(capsys):
         (["key2020-table1", "--num-clean", "10"], "--num-clean"),
         (["key2020-table1", "--set", "alpha=1"], "--set"),
         (["key2020-table1", "--model", "resnet14"], "--model"),
+        (["key2020-table1", "--task", "5 vs 7"], "--task"),
+        (["key2020-table1", "--num-images", "9"], "--num-images"),
     ],
 )
 def test_one_clear_error(run, path, table, words, message, capsys):

@@ -14,8 +14,10 @@ from nlhelpers.methods import (
     clean_only,
     cross_entropy,
     improved_baseline,
+    nl_gan,
     noise_model,
     noisy_as_truth,
+    rank_pruning,
     self_learning,
     two_stage,
 )
@@ -33,6 +35,7 @@ class Method:
         clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
         clean_trainings: how many `trainings` more it takes if it has a clean set.
+        two_classes: whether it is for tasks of two classes only.
     """
 
     run: Callable[..., Iterator[Event]]
@@ -41,6 +44,7 @@ class Method:
     clean_set: str = "unused"
     clean_validation: bool = False
     clean_trainings: float = 0
+    two_classes: bool = False
 
     @property
     def settings(self) -> dict[str, object]:
@@ -85,5 +89,10 @@ METHODS = {
     # Han et al. (2019)
     "self-learning": Method(
         self_learning.self_learning, "self-learning", 1, "optional"
+    ),
+    # Chiaroni et al. (2019)
+    "nl-gan": Method(nl_gan.nl_gan, "NL-GAN", two_classes=True),
+    "rank-pruning": Method(
+        rank_pruning.rank_pruning, "rank pruning", trainings=4, two_classes=True
     ),
 }

@@ -1,6 +1,6 @@
 """The published tables as data: one file per paper, every value with its cell's run."""
 
-from nlhelpers.papers import ding2018, han2019, xiao2015
+from nlhelpers.papers import chiaroni2019, ding2018, han2019, xiao2015
 from nlhelpers.papers.table import Cell, Table
 
 TABLES: dict[str, Table] = {
@@ -14,6 +14,7 @@ TABLES: dict[str, Table] = {
     "han2019-table3": han2019.TABLE3,
     "han2019-table4": han2019.TABLE4,
     "han2019-table5": han2019.TABLE5,
+    "chiaroni2019-table1": chiaroni2019.TABLE1,
 }
 
 __all__ = ["TABLES", "Cell", "Table"]
