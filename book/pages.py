@@ -64,6 +64,7 @@ MODULE = """# {title}
 AUTOMODULE = """```{{eval-rst}}
 .. automodule:: {name}
    :members:
+   :exclude-members: set_fit_request, set_score_request
    :ignore-module-all:
 ```"""
 
