@@ -128,7 +128,7 @@ def inverse_rates(s: np.ndarray, rho_1: float, rho_0: float) -> tuple[float, flo
 
 
 def confident(g: np.ndarray, s: np.ndarray, pi_1: float, pi_0: float) -> np.ndarray:
-    """Leave out pi_1 |P| of P with the least g, and pi_0 |N| of N with the greatest.
+    """Leave out a share pi_1 of P, the least g first, and pi_0 of N, the greatest first.
 
     Returns:
         (N,) bool: which are kept, one of each label at least.
