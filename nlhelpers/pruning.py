@@ -128,7 +128,7 @@ def inverse_rates(s: np.ndarray, rho_1: float, rho_0: float) -> tuple[float, flo
 
 
 def confident(g: np.ndarray, s: np.ndarray, pi_1: float, pi_0: float) -> np.ndarray:
-    """Leave out a share pi_1 of P, the least g first, and pi_0 of N, the greatest first.
+    """Leave out a share pi_1 of P, least g first, and pi_0 of N, greatest g first.
 
     Returns:
         (N,) bool: which are kept, one of each label at least.
