@@ -60,7 +60,8 @@ MODULE = """# {title}
 {body}
 """
 
-# Names that a package only passes on are described where they are defined.
+# Names that a package only passes on are described where they are defined. The two
+# left out are scikit-learn's own, written into every estimator.
 AUTOMODULE = """```{{eval-rst}}
 .. automodule:: {name}
    :members:

@@ -121,18 +121,15 @@ def load(
 
 def numbers(task: str, dataset: DataSet) -> tuple[Tensor, Tensor]:
     """The classes of a task's two groups, as labels of the data set."""
-    names = dataset.class_names
-    for name in itertools.chain(*groups(task)):
+    names, sides = dataset.class_names, groups(task)
+    for name in itertools.chain(*sides):
         if name not in names:
             raise ValueError(
                 f"task is {task!r}, but the data set has no class {name!r}; it has "
                 f"{', '.join(names)}"
             )
-    positive, negative = groups(task)
-    return (
-        torch.tensor([names.index(name) for name in positive]),
-        torch.tensor([names.index(name) for name in negative]),
-    )
+    positive, negative = ([names.index(name) for name in side] for side in sides)
+    return torch.tensor(positive), torch.tensor(negative)
 
 
 def check_size(num_images: int, sides: tuple[Tensor, Tensor], task: str) -> None:

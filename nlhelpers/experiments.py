@@ -149,7 +149,6 @@ class Spec:
             self._set("transition", tuple(tuple(row) for row in rows))
 
     def _check_task(self) -> None:
-        asked = {"task": self.task, "pi": self.pi, "num_images": self.num_images}
         if self.noise != BINARY:
             if METHODS[self.method].two_classes:
                 raise ValueError(
@@ -157,8 +156,8 @@ class Spec:
                     f"set noise to {BINARY!r} and task to two groups of classes, like "
                     "'5,7 vs 2,4'"
                 )
-            for name, value in asked.items():
-                if value:
+            for name in ("task", "pi", "num_images"):
+                if value := getattr(self, name):
                     raise ValueError(
                         f"{name} is {value!r}, but noise is {self.noise!r}; it belongs "
                         f"to a task, whose noise is {BINARY!r}"
@@ -348,7 +347,26 @@ def given_val_labels(spec: Spec, device: torch.device) -> Tensor:
         return published(spec, device, clean_val=False)[0].val_labels
     # A method that is given the same images, and validates on labels as they are.
     unchecked = dataclasses.replace(spec, method="two-stage", settings=())
-    return prepare(unchecked, device)[0].val_labels
+    return data_for(unchecked, device)[0].val_labels
+
+
+def both_labels(
+    spec: Spec, seen: NoisyData, truth: Truth
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, ...) of a run with their given and their true labels, both known.
+
+    Of training, or of validation if more is known there: of Clothing1M hardly a
+    training image was checked, of Food-101N none.
+    """
+    val_given = given_val_labels(spec, seen.labels.device)
+    found = []
+    for images, labels, true in (
+        (seen.images, seen.labels, truth.labels),
+        (seen.val_images, val_given, truth.val_labels),
+    ):
+        known = (labels != datasets.UNKNOWN) & (true != datasets.UNKNOWN)
+        found.append((images[known], labels[known], true[known]))
+    return max(found, key=lambda part: len(part[1]))
 
 
 def published(
@@ -466,17 +484,14 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
 
 def source(spec: Spec) -> str:
     """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
-    of_data = [source_of_data(spec)]
-    if spec.dataset in PUBLISHED:
-        of_data += [PUBLISHED[spec.dataset].load]
-    else:
-        of_data += [datasets.DATASETS[spec.dataset]]
-    if spec.noise in NOISES:
-        of_data += [NOISES[spec.noise]]
+    loaders = datasets.DATASETS | {name: s.load for name, s in PUBLISHED.items()}
+    of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
     return records.source_hash(
         METHODS[spec.method].run,
         MODELS[spec.model],
-        *of_data,
+        source_of_data(spec),
+        loaders[spec.dataset],
+        *of_labels,
         Setup,
         training.seeded,
         noise.realised_rate,

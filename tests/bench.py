@@ -34,7 +34,6 @@ from nlhelpers.training import Setup
 # model -> (data set, images per epoch of the benchmark)
 SIZES = {"mlp": ("mnist", 25_600), "resnet14": ("cifar10", 1_280)}
 BATCH_SIZE = 128
-CHANNELS_LAST = torch.channels_last
 
 
 def bare(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[], float]:
@@ -155,7 +154,9 @@ def bench_game(device: torch.device, rounds: int, steps: int = 6) -> None:
     """
     shape = BATCH_SIZE, 1, 28, 28
     images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    real = torch.randn(shape, device=device).contiguous(memory_format=CHANNELS_LAST)
+    real = torch.randn(shape, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     noise_in = torch.randn(BATCH_SIZE // 2, gan.NOISE, device=device)
     labels = torch.arange(BATCH_SIZE, device=device) % 2
     with training.seeded(0, device) as generator:

@@ -66,6 +66,20 @@ def make_setup(cpu):
 
 
 @pytest.fixture
+def steps(monkeypatch):
+    """The function that each training of the test takes its steps by, in order."""
+    found = []
+    fit = training.fit
+
+    def noted(model, images, epoch, step, *rest, **options):
+        found.append(step)
+        return fit(model, images, epoch, step, *rest, **options)
+
+    monkeypatch.setattr(training, "fit", noted)
+    return found
+
+
+@pytest.fixture
 def seeded(cpu):
     """Everything drawn in the test depends on seed 0."""
     with training.seeded(0, cpu) as generator:

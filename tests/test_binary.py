@@ -8,15 +8,10 @@ import torch
 from nlhelpers import binary, experiments
 from nlhelpers.data import DataError, DataSet
 from nlhelpers.experiments import Spec
+from tasks import task
 
 PAPER = [(1.0, 1.0), (0.85, 0.85), (0.7, 0.85), (0.6, 0.65)]
-TASK = {
-    "noise": "binary",
-    "noise_rate": None,
-    "task": "5,7 vs 2,4",
-    "pi": (0.7, 0.85),
-    "num_images": 100,
-}
+TASK = task()
 
 
 @pytest.fixture(scope="module")

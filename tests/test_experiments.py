@@ -16,6 +16,7 @@ from nlhelpers.data import HUMAN_LABELS, UNKNOWN
 from nlhelpers.experiments import Spec, grid, run_all
 from nlhelpers.methods import METHODS
 from nlhelpers.training import DivergenceError
+from tasks import task
 
 WITHOUT_CLEAN = [
     name
@@ -428,6 +429,31 @@ def test_given_val_labels_are_those_before_the_check(cpu):
         dataclasses.replace(spec, method="two-stage"), cpu
     )[0]
     assert unchecked.val_images.equal(seen.val_images)
+
+
+def test_given_val_labels_of_a_task(cpu):
+    spec = Spec(**task(), profile="smoke")
+    seen, _ = experiments.data_for(spec, cpu)
+    assert experiments.given_val_labels(spec, cpu).equal(seen.val_labels)
+
+
+@pytest.mark.parametrize("more_of", ["training", "validation"])
+def test_both_labels_are_taken_where_more_of_them_are_known(cpu, more_of):
+    spec = Spec("noise-model", noise_rate=0.4, num_clean=100, profile="smoke")
+    seen, truth = experiments.data_for(spec, cpu)
+    expected = seen.images, seen.labels, truth.labels
+    seen.labels[:3] = UNKNOWN
+    truth.labels[5:8] = UNKNOWN
+    if more_of == "validation":
+        truth.labels[7:] = UNKNOWN
+        val_labels = experiments.given_val_labels(spec, cpu)
+        expected = seen.val_images, val_labels, truth.val_labels
+        truth.val_labels[5:8] = UNKNOWN
+    index = torch.tensor([i for i in range(len(expected[1])) if i not in (5, 6, 7)])
+    index = index[3 * (more_of == "training") :]
+    found = experiments.both_labels(spec, seen, truth)
+    for values, every in zip(found, expected, strict=True):
+        assert torch.equal(values, every[index])
 
 
 def test_class_names():

@@ -15,6 +15,7 @@ from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import TABLES
 from nlhelpers.papers.table import Cell, Table
+from tasks import task
 
 
 @pytest.fixture
@@ -116,14 +117,7 @@ def test_a_task_of_two_groups(run, path):
     words = ("--task", "5,7 vs 2,4", "--pi", "0.7", "0.85", "--num-images", "100")
     assert run("--method", "cross-entropy", "rank-pruning", *words) == 0
     first, second = specs_in(path)
-    assert first == Spec(
-        noise="binary",
-        noise_rate=None,
-        task="5,7 vs 2,4",
-        pi=(0.7, 0.85),
-        num_images=100,
-        profile="smoke",
-    )
+    assert first == Spec(**task("5,7 vs 2,4", (0.7, 0.85), 100), profile="smoke")
     assert second.method == "rank-pruning"
 
 

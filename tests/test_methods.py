@@ -16,14 +16,9 @@ from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, two_stage
 from nlhelpers.methods.two_stage import Balance, Pi, TemporalEnsemble, likely_correct
 from nlhelpers.training import Auxiliary, Epoch, Screening
+from tasks import task
 
-TASK = {
-    "noise": "binary",
-    "noise_rate": None,
-    "task": "5,7 vs 2,4",
-    "pi": (0.9, 0.85),
-    "num_images": 200,
-}
+TASK = task(pi=(0.9, 0.85), num_images=200)
 # Every registered method, and both with and without a clean set where it has a use.
 RUNS = {
     name: {"method": name} | (TASK if method.two_classes else {})

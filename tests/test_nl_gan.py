@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import tasks
 from nlhelpers import experiments, training
 from nlhelpers.experiments import Spec
 from nlhelpers.gan import Players
@@ -21,15 +22,7 @@ KNOWN = {"pi_P": 0.9, "pi_N": 0.8}
 @pytest.fixture
 def task(cpu):
     """Few digits of two classes, repeated, as a method sees them."""
-    spec = Spec(
-        "nl-gan",
-        noise="binary",
-        noise_rate=None,
-        task="3 vs 5",
-        pi=(0.9, 0.8),
-        num_images=40,
-        profile="smoke",
-    )
+    spec = Spec("nl-gan", **tasks.task("3 vs 5", (0.9, 0.8), 40), profile="smoke")
     return experiments.data_for(spec, cpu)[0]
 
 

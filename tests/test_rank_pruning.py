@@ -119,17 +119,9 @@ def test_the_pruning_is_that_of_the_held_out_predictions(
 
 
 def test_the_loss_is_weighted_in_the_last_training_only(
-    digits, make_setup, run, monkeypatch
+    digits, make_setup, run, steps, monkeypatch
 ):
     seen, _ = digits
-    steps = []
-    fit = training.fit
-
-    def spied(model, images, epoch, step, *rest, **options):
-        steps.append(step)
-        return fit(model, images, epoch, step, *rest, **options)
-
-    monkeypatch.setattr(training, "fit", spied)
     monkeypatch.setattr(pruning, "noise_rates", lambda g, s: (0.3, 0.1))
     kept = kept_by(run(seen, make_setup())).nonzero().squeeze(1)
     network = make_setup().build(seen).eval()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nlhelpers import experiments, prototypes, training
+from nlhelpers import experiments, prototypes
 from nlhelpers.data import UNKNOWN
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, self_learning
@@ -43,17 +43,9 @@ def test_labels_are_corrected_after_every_epoch_but_the_first_few(prepared, make
 
 
 def test_each_step_weighs_given_and_corrected_labels(
-    prepared, make_setup, monkeypatch, seeded
+    prepared, make_setup, steps, seeded
 ):
     seen, _ = prepared
-    steps = []
-    fit = training.fit
-
-    def spied(model, images, epoch, step, *rest, **options):
-        steps.append(step)
-        return fit(model, images, epoch, step, *rest, **options)
-
-    monkeypatch.setattr(training, "fit", spied)
     network = make_setup().build(seen).eval()
     log_p = network(seen.images).log_softmax(dim=1)
     on_given = -log_p.gather(1, seen.labels[:, None]).squeeze(1)

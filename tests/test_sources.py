@@ -9,6 +9,7 @@ import pytest
 from nlhelpers import experiments, records, sources
 from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
+from tasks import task
 
 # ---------------------------------------------------------------- the text of code
 
@@ -163,22 +164,13 @@ def test_constants_count_with_their_value(tmp_path):
     assert example(tmp_path, source.replace("[1, 2]", "[1, 3]")) != found
 
 
-TASK = {
-    "noise": "binary",
-    "noise_rate": None,
-    "task": "3 vs 5",
-    "pi": (0.8, 0.7),
-    "num_images": 40,
-}
-
-
 def shortest(name):
     """The shortest run of a method."""
     method = METHODS[name]
     clean = 100 * (method.clean_set == "needed")
-    task = TASK if method.two_classes else {}
+    binary = task("3 vs 5", (0.8, 0.7), 40) if method.two_classes else {}
     known = {"pi_P": 0.8, "pi_N": 0.7} if name == "nl-gan" else {}
-    return Spec(name, profile="smoke", num_clean=clean, settings=known, **task)
+    return Spec(name, profile="smoke", num_clean=clean, settings=known, **binary)
 
 
 RUNS = [
