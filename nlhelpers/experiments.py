@@ -591,8 +591,8 @@ def expected_epochs(spec: Spec) -> float:
     method = METHODS[spec.method]
     trainings = method.trainings + method.clean_trainings * (spec.num_clean > 0)
     settings = method.settings | dict(spec.settings)
-    trainings += bool(settings.get("start_pretrained"))
-    trainings += settings.get("game_epochs", 0)
+    for name, share in method.more_trainings.items():
+        trainings += share * settings[name]
     return trainings * spec.recipe.epochs
 
 

@@ -36,6 +36,11 @@ RUNS["bottom-up, pretrained"] = {
     "num_clean": 100,
     "settings": {"start_pretrained": True},
 }
+RUNS["self-learning, fine-tuned"] = {
+    "method": "self-learning",
+    "num_clean": 200,
+    "settings": {"finetune": True},
+}
 
 
 def spec_of(run, **changes):

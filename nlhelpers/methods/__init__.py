@@ -6,8 +6,8 @@ when it changes them; its settings are its keyword-only arguments.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from nlhelpers.methods import (
     bottom_up,
@@ -36,6 +36,7 @@ class Method:
         clean_validation: whether its paper validates on true labels.
         clean_trainings: how many `trainings` more it takes if it has a clean set.
         two_classes: whether it is for tasks of two classes only.
+        more_trainings: settings that add `trainings`, and how many each by its value.
     """
 
     run: Callable[..., Iterator[Event]]
@@ -45,6 +46,7 @@ class Method:
     clean_validation: bool = False
     clean_trainings: float = 0
     two_classes: bool = False
+    more_trainings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -84,14 +86,37 @@ METHODS = {
         "needed",
         True,
     ),
-    "bottom-up": Method(bottom_up.bottom_up, "bottom-up", 2, "needed", True),
-    "noise-model": Method(noise_model.noise_model, "noise model", 2.25, "needed", True),
+    "bottom-up": Method(
+        bottom_up.bottom_up,
+        "bottom-up",
+        2,
+        "needed",
+        True,
+        more_trainings={"start_pretrained": 1},
+    ),
+    "noise-model": Method(
+        noise_model.noise_model,
+        "noise model",
+        2.25,
+        "needed",
+        True,
+        more_trainings={"start_pretrained": 1},
+    ),
     # Han et al. (2019)
     "self-learning": Method(
-        self_learning.self_learning, "self-learning", 1, "optional"
+        self_learning.self_learning,
+        "self-learning",
+        1,
+        "optional",
+        more_trainings={
+            "start_pretrained": 1,
+            "finetune": self_learning.FINETUNE_EPOCHS,
+        },
     ),
     # Chiaroni et al. (2019)
-    "nl-gan": Method(nl_gan.nl_gan, "NL-GAN", two_classes=True),
+    "nl-gan": Method(
+        nl_gan.nl_gan, "NL-GAN", two_classes=True, more_trainings={"game_epochs": 1}
+    ),
     "rank-pruning": Method(
         rank_pruning.rank_pruning, "rank pruning", trainings=4, two_classes=True
     ),
