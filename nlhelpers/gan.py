@@ -5,6 +5,7 @@ are float (N, C, H, W) in [-1, 1] in here, and bytes outside.
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,6 +16,7 @@ HIDDEN = 1024  # units of the fully connected layers
 NOISE = 100  # dimensions of z
 SLOPE = 0.2  # of the leaky ReLU; it and the initial weights are DCGAN's
 STD = 0.02
+SPECTRAL = ("convolutions", "all")  # layers of D that are spectrally normalised
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -30,15 +32,28 @@ def to_bytes(images: Tensor) -> Tensor:
 class Discriminator(nn.Sequential):
     """Two or three 3x3 convolutions of stride 2 and two linear layers: one logit.
 
-    Convolutions are spectrally normalised (Miyato et al. 2018) and there is no batch
-    normalisation, since a batch here mixes four distributions. The hidden linear layer
-    has dropout.
+    Convolutions are spectrally normalised (Miyato et al. 2018), and the linear layers
+    too if asked for. There is no batch normalisation, since a batch here mixes four
+    distributions. The hidden linear layer has dropout.
     """
 
-    def __init__(self, shape: torch.Size, dropout: float = 0.5) -> None:
-        """Build it for square images of `shape` (C, H, W), of 4 pixels or more."""
+    def __init__(
+        self,
+        shape: torch.Size,
+        *,
+        dropout: float = 0.5,
+        spectral: str = "convolutions",
+    ) -> None:
+        """Build it for square images of `shape` (C, H, W), of 4 pixels or more.
+
+        Args:
+            shape: of one image.
+            dropout: probability.
+            spectral: which layers are spectrally normalised, one of SPECTRAL.
+        """
         sides = halved(shape)
         channels = (shape[0], *WIDTHS[shape[0]])
+        normal = check_spectral(spectral)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(channels):
             convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
@@ -46,10 +61,10 @@ class Discriminator(nn.Sequential):
         super().__init__(
             *layers,
             nn.Flatten(),
-            started(nn.Linear(channels[-1] * sides[-1] ** 2, HIDDEN)),
+            normal(started(nn.Linear(channels[-1] * sides[-1] ** 2, HIDDEN))),
             nn.LeakyReLU(SLOPE),
             nn.Dropout(dropout),
-            started(nn.Linear(HIDDEN, 1)),
+            normal(started(nn.Linear(HIDDEN, 1))),
             nn.Flatten(0),
         )
 
@@ -57,37 +72,38 @@ class Discriminator(nn.Sequential):
 class ImageGenerator(nn.Sequential):
     """The discriminator turned round: z (N, 100) to images (N, C, H, W).
 
-    Batch normalisation before every transposed convolution.
+    Batch normalisation after every layer but the last, as in DCGAN. The paper names the
+    transposed convolutions alone; but if the linear layers have none, every z soon
+    gives the same image.
     """
 
     def __init__(self, shape: torch.Size) -> None:
         """Build it for square images of `shape` (C, H, W), of 4 pixels or more."""
         sides = halved(shape)[::-1]
         channels = (*WIDTHS[shape[0]][::-1], shape[0])
+        units = channels[0] * sides[0] ** 2
         layers: list[nn.Module] = []
         for (inputs, outputs), (small, large) in zip(
             itertools.pairwise(channels), itertools.pairwise(sides), strict=True
         ):
+            padding = large - 2 * small + 1
             layers += [
-                nn.BatchNorm2d(inputs),
                 nn.ReLU(),
                 started(
                     nn.ConvTranspose2d(
-                        inputs,
-                        outputs,
-                        3,
-                        stride=2,
-                        padding=1,
-                        output_padding=large - 2 * small + 1,
+                        inputs, outputs, 3, stride=2, padding=1, output_padding=padding
                     )
                 ),
+                nn.BatchNorm2d(outputs),
             ]
         super().__init__(
             started(nn.Linear(NOISE, HIDDEN)),
+            nn.BatchNorm1d(HIDDEN),
             nn.ReLU(),
-            started(nn.Linear(HIDDEN, channels[0] * sides[0] ** 2)),
+            started(nn.Linear(HIDDEN, units)),
+            nn.BatchNorm1d(units),
             nn.Unflatten(1, (channels[0], sides[0], sides[0])),
-            *layers,
+            *layers[:-1],
             nn.Tanh(),
         )
 
@@ -95,10 +111,10 @@ class ImageGenerator(nn.Sequential):
 class Players(nn.Module):
     """D, G_P and G_N; asked for a prediction, D answers with logits of P and N."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, spectral: str = "convolutions") -> None:
         """Build all three for images (N, C, H, W), on their device."""
         super().__init__()
-        self.D = Discriminator(images.shape[1:])
+        self.D = Discriminator(images.shape[1:], spectral=spectral)
         self.G_P = ImageGenerator(images.shape[1:])
         self.G_N = ImageGenerator(images.shape[1:])
         self.to(images.device, memory_format=torch.channels_last)
@@ -143,6 +159,13 @@ def halved(shape: torch.Size) -> list[int]:
     for _ in WIDTHS[channels]:
         sides.append(-(-sides[-1] // 2))
     return sides
+
+
+def check_spectral(name: str) -> Callable[[nn.Module], nn.Module]:
+    """What is done to D's linear layers, or ValueError for a name not in SPECTRAL."""
+    if name not in SPECTRAL:
+        raise ValueError(f"spectral is {name!r}; allowed are {', '.join(SPECTRAL)}")
+    return spectral_norm if name == "all" else nn.Identity()
 
 
 def started(layer: nn.Module) -> nn.Module:

@@ -46,9 +46,22 @@ def test_normalisation_and_dropout_are_where_the_paper_has_them():
     assert layers(D, nn.BatchNorm2d) == []
     assert all(hasattr(x, "parametrizations") for x in layers(D, nn.Conv2d))
     assert not any(hasattr(x, "parametrizations") for x in layers(D, nn.Linear))
+    D_all = Discriminator(shape(), spectral="all")
+    for kind in (nn.Conv2d, nn.Linear):
+        assert all(hasattr(x, "parametrizations") for x in layers(D_all, kind))
     assert [layer.p for layer in layers(D, nn.Dropout)] == [0.5]
-    assert len(layers(G, nn.BatchNorm2d)) == 2
+    assert [norm.num_features for norm in layers(G, nn.BatchNorm2d)] == [64]
+    assert [norm.num_features for norm in layers(G, nn.BatchNorm1d)] == [1024, 6272]
     assert layers(G, nn.Dropout) == []
+
+
+def test_a_generator_cannot_learn_a_pattern_that_is_the_same_for_every_z():
+    """What a linear layer adds for all z alike is taken away again, pixel by pixel."""
+    G, z = ImageGenerator(shape()).train(), torch.rand(16, gan.NOISE) * 2 - 1
+    before = G(z)
+    for layer in layers(G, nn.Linear):
+        nn.init.normal_(layer.bias)
+    torch.testing.assert_close(G(z), before)
 
 
 def test_bytes_come_back():

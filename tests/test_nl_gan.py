@@ -191,14 +191,20 @@ def test_dropout_is_on_for_D_and_off_for_the_generators(game):
     assert all(p.requires_grad for p in game.players.D.parameters())
 
 
-def test_spectral_norms_stay_at_most_one(game):
-    game.players.train()
+@pytest.mark.parametrize(
+    ("spectral", "kinds"),
+    [("convolutions", nn.Conv2d), ("all", nn.Conv2d | nn.Linear)],
+)
+def test_spectral_norms_stay_at_most_one(spectral, kinds, task, seeded):
+    players = Players(task.images, spectral)
+    game = Game(players, 1e-3, distance_of("cross-entropy"), 5.0, 0.5)
     for _ in range(30):
         game.step(real(), z(), (0.2, 0.8))
-    for layer in game.players.D.modules():
-        if isinstance(layer, nn.Conv2d):
-            largest = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
-            assert 0.5 < largest.item() < 1.1
+    found = [layer for layer in players.D.modules() if isinstance(layer, kinds)]
+    assert len(found) == 2 * (1 + (spectral == "all"))
+    for layer in found:
+        largest = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
+        assert 0.5 < largest.item() < 1.1
 
 
 def test_generators_move_towards_their_target(task, seeded):
@@ -331,6 +337,7 @@ def test_a_blank_discriminator_stops_the_run(task, make_setup, seeded):
         ({"pi_P": 0.9}, "two numbers"),
         ({"pi_P": 1.2, "pi_N": 0.9}, "pi_P is 1.2"),
         ({**KNOWN, "distance": "hinge"}, "distance is 'hinge'; allowed are cross-ent"),
+        ({**KNOWN, "spectral": "none"}, "spectral is 'none'; allowed are conv.*, all"),
         ({**KNOWN, "alpha": -1.0}, "alpha is -1.0; it must be 0 or more"),
         ({**KNOWN, "beta": math.inf}, "beta is inf"),
         ({**KNOWN, "game_epochs": math.nan}, "game_epochs is nan"),

@@ -48,6 +48,7 @@ def nl_gan(
     alpha: float = 5.0,
     beta: float = 0.5,
     distance: str = "cross-entropy",
+    spectral: str = "convolutions",
     game_epochs: float = 40 / 25,
     warm_up: float = 15 / 25,
 ) -> Iterator[Event]:
@@ -63,6 +64,9 @@ def nl_gan(
         alpha: weight of real images in D's loss.
         beta: weight of generated ones.
         distance: H, one of DISTANCES.
+        spectral: which layers of D are spectrally normalised, one of `gan.SPECTRAL`.
+            With the convolutions alone, as in section 3.1, D soon knows the labels of
+            few images by heart; with all layers it does not.
         game_epochs: of the first stage, in units of the classifier's: 40 / 25 on MNIST,
             500 / 25 on CIFAR-10 (section 3.1).
         warm_up: epochs, in the same units, that D trains alone if the deltas are read
@@ -71,7 +75,7 @@ def nl_gan(
     pi = None if pi_P is None and pi_N is None else binary.check_pi((pi_P, pi_N))
     check_data(data)
     check_settings(alpha=alpha, beta=beta, game_epochs=game_epochs, warm_up=warm_up)
-    players, recipe = Players(data.images), setup.recipe
+    players, recipe = Players(data.images, spectral), setup.recipe
     game = Game(
         players, RATE * recipe.learning_rate, distance_of(distance), alpha, beta
     )
