@@ -53,7 +53,7 @@ class Discriminator(nn.Sequential):
         """
         sides = halved(shape)
         channels = (shape[0], *WIDTHS[shape[0]])
-        normal = check_spectral(spectral)
+        normal = normalisation(spectral)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(channels):
             convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
@@ -161,7 +161,7 @@ def halved(shape: torch.Size) -> list[int]:
     return sides
 
 
-def check_spectral(name: str) -> Callable[[nn.Module], nn.Module]:
+def normalisation(name: str) -> Callable[[nn.Module], nn.Module]:
     """What is done to D's linear layers, or ValueError for a name not in SPECTRAL."""
     if name not in SPECTRAL:
         raise ValueError(f"spectral is {name!r}; allowed are {', '.join(SPECTRAL)}")
