@@ -197,6 +197,30 @@ def fit(
         yield Epoch(stage, number, model, loss, accuracy, rate, seen, seconds)
 
 
+def fit_noisy(
+    model: nn.Module,
+    data: NoisyData,
+    step: Step,
+    setup: Setup,
+    *,
+    stage: str = "training",
+    views: int = 1,
+) -> Iterator[Epoch]:
+    """`fit` on all of the images in random order, validated on labels as noisy."""
+    return fit(
+        model,
+        data.images,
+        lambda: drawn.uniform(
+            len(data.labels), setup.recipe.batch_size, setup.generator
+        ),
+        step,
+        setup,
+        lambda model: accuracy(model, data.val_images, data.val_labels),
+        stage=stage,
+        views=views,
+    )
+
+
 class Objective(nn.Module):
     """A step as a module, so that a replica averages the gradients of any method."""
 
