@@ -26,7 +26,7 @@ from nlhelpers import (
 )
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
-from nlhelpers.methods import METHODS
+from nlhelpers.methods import METHODS, loss_correction
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.training import (
@@ -37,6 +37,7 @@ from nlhelpers.training import (
     Recipe,
     Screening,
     Setup,
+    Transition,
 )
 
 
@@ -186,6 +187,11 @@ class Spec:
             if type(value) not in kinds:
                 choice = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {value!r}; it must be of type {choice}")
+        if settings.get("T") == loss_correction.KNOWN and self.noise not in KNOWN_T:
+            raise ValueError(
+                f"T is 'known' and noise is {self.noise!r}; T is known of "
+                f"{', '.join(KNOWN_T)} only, so set T to 'estimated'"
+            )
         return tuple(sorted(settings.items()))
 
     def _set(self, name: str, value: object) -> None:
@@ -311,6 +317,8 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
 PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
+# Noises whose T can be said beforehand.
+KNOWN_T = ("symmetric", "pair-flip", *noise.PATHS, "given")
 # The noise of binary tasks, whose data are few.
 BINARY = "binary"
 NOISE_NAMES = (*NOISES, CRAWLED, BINARY)
@@ -435,10 +443,10 @@ def run(
     method = METHODS[spec.method]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    history, screening, label_accuracy = [], None, []
+    history, screening, label_accuracy, transition = [], None, [], None
     with training.seeded(spec.seed, device) as generator:
         setup = Setup(spec.model, spec.recipe, generator)
-        for event in method.run(seen, setup, **dict(spec.settings)):
+        for event in method.run(seen, setup, **settings_of(spec)):
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
             elif isinstance(event, Screening):
@@ -447,6 +455,8 @@ def run(
                 now = dataclasses.replace(seen, labels=event.labels)
                 wrong = realised_rate(now, truth)
                 label_accuracy.append(None if wrong is None else 1 - wrong)
+            elif isinstance(event, Transition):
+                transition = event.T.tolist()
             progress(event)
     return {
         "spec": spec.as_dict(),
@@ -456,11 +466,34 @@ def run(
         **evaluation.outcome(history),
         "screening": screening,
         "label_accuracy": label_accuracy,
+        "transition": transition,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mb": records.peak_memory(device),
         **records.provenance(device, source(spec)),
         "history": {name: [row[name] for row in history] for name in history[0]},
     }
+
+
+def settings_of(spec: Spec) -> dict[str, object]:
+    """The method's settings; a "known" T is the one that the labels were drawn by."""
+    settings = dict(spec.settings)
+    if settings.get("T") == loss_correction.KNOWN:
+        settings["T"] = transition_of(spec)
+    return settings
+
+
+def transition_of(spec: Spec) -> Tensor:
+    """T (K, K) float64 of a run's noise, one of KNOWN_T."""
+    num_classes = len(class_names(spec.dataset))
+    match spec.noise:
+        case "symmetric":
+            return noise.symmetric(spec.noise_rate, num_classes)
+        case "pair-flip":
+            return noise.pair_flip(spec.noise_rate, num_classes)
+        case "given":
+            return torch.tensor(spec.transition, dtype=torch.float64)
+    paths = noise.PATHS[spec.noise][spec.dataset]
+    return noise.asymmetric(spec.noise_rate, paths, num_classes)
 
 
 def screened(

@@ -185,6 +185,41 @@ def estimate_transition(
     return counts / counts.sum(dim=1, keepdim=True)
 
 
+def anchor_transition(probs: Tensor, percentile: float = 97.0) -> Tensor:
+    """T (K, K) float64 read off a network that has learnt the noisy labels.
+
+    Of an image that is surely of class i the network says T[i] (Patrini et al. 2017,
+    Eq. 12 and 13). For each class that image is taken whose probability of the class
+    lies at the percentile; 100 takes the most probable one, which may be an outlier.
+
+    Args:
+        probs: P(noisy label | x), (N, K).
+        percentile: in [0, 100].
+    """
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile is {percentile!r}; it must be in [0, 100]")
+    probs = probs.double()
+    place = math.floor(percentile / 100 * (len(probs) - 1))
+    anchors = probs.argsort(dim=0, stable=True)[place]
+    return probs[anchors] / probs[anchors].sum(dim=1, keepdim=True)
+
+
+CONDITION = 1e6  # of T, from which its inverse says nothing
+
+
+def inverse(transition: Tensor) -> Tensor:
+    """T^-1 (K, K) float64; raises ValueError for a T that is as good as singular."""
+    transition = transition.double()
+    condition = torch.linalg.cond(transition).item()
+    if not condition < CONDITION:
+        raise ValueError(
+            f"T has the condition number {condition:.3g}, so that its inverse says "
+            f"nothing; it must be below {CONDITION:.0e}. Use forward correction, which "
+            "needs no inverse, or another T"
+        )
+    return torch.linalg.inv(transition)
+
+
 def random_confusion(
     noise_rate: float, num_classes: int, generator: torch.Generator
 ) -> Tensor:

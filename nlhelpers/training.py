@@ -142,7 +142,14 @@ class Correction:
     labels: Tensor
 
 
-Event = Epoch | Auxiliary | Screening | Correction
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """What a method now takes for T: (K, K), rows sum to 1."""
+
+    T: Tensor
+
+
+Event = Epoch | Auxiliary | Screening | Correction | Transition
 
 
 def fit(

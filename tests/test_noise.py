@@ -457,3 +457,71 @@ def test_confusing_noise_has_its_rate_and_hits_ambiguous_images(rate, generator)
         assert abs(found - expected) <= 4 * noise.standard_error(expected, 3000)
     assert (noisy == to_other.argmin(dim=1))[wrong & ~clear].all()
     assert not (noisy == to_other.argmin(dim=1))[wrong & clear].all()
+
+
+# ---------------------------------------------------------------- T by anchor points
+
+
+def calibrated(T, count, generator):
+    """What a perfect network says: P(noisy label | x), of images more or less sure."""
+    K = len(T)
+    sure = torch.rand(count, 1, generator=generator, dtype=torch.float64) ** 0.1
+    own = torch.nn.functional.one_hot(torch.arange(count) % K, K)
+    other = torch.rand(count, K, generator=generator, dtype=torch.float64)
+    truth = sure * own + (1 - sure) * other / other.sum(1, keepdim=True)
+    return truth @ T
+
+
+@pytest.mark.parametrize(
+    "T",
+    [
+        noise.symmetric(0.2, 10),
+        noise.symmetric(0.6, 10),
+        noise.asymmetric(0.4, noise.PATHS["asymmetric"]["mnist"], 10),
+        noise.pair_flip(0.45, 10),
+    ],
+)
+def test_anchors_of_a_calibrated_network_give_t(T, generator):
+    """Within 0.05 at the percentile of the paper, within 0.005 without any."""
+    probs = calibrated(T, 20_000, generator)
+    found = noise.anchor_transition(probs)
+    torch.testing.assert_close(found.sum(1), torch.ones(10).double())
+    assert (found - T).abs().max() < 0.05
+    assert (noise.anchor_transition(probs, 100.0) - T).abs().max() < 0.005
+
+
+def test_a_swap_of_the_majority_is_read_off_in_the_wrong_rows(generator):
+    """At p = 0.6 the image that is most surely labelled 5 is a 6."""
+    paths = noise.PATHS["asymmetric-swap"]["mnist"]
+    T = noise.asymmetric(0.6, paths, 10)
+    found = noise.anchor_transition(calibrated(T, 20_000, generator), 100.0)
+    torch.testing.assert_close(found[5], T[6], atol=0.01, rtol=0)
+    torch.testing.assert_close(found[6], T[5], atol=0.01, rtol=0)
+
+
+def test_anchors_by_hand():
+    probs = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
+    best = noise.anchor_transition(probs, 100.0)
+    torch.testing.assert_close(best, probs[[0, 3]].double())
+    # Of five, 75 % is the second from above.
+    second = noise.anchor_transition(probs, 75.0)
+    torch.testing.assert_close(second, probs[[1, 4]].double())
+    with pytest.raises(ValueError, match=r"percentile is 101; it must be in \[0, 100"):
+        noise.anchor_transition(probs, 101)
+
+
+def test_an_outlier_does_not_become_an_anchor(generator):
+    T = noise.symmetric(0.4, 10)
+    probs = calibrated(T, 5_000, generator)
+    probs[17] = torch.eye(10).double()[3]  # the network is sure of one label: by heart
+    assert (noise.anchor_transition(probs, 100.0) - T).abs().max() > 0.3
+    assert (noise.anchor_transition(probs) - T).abs().max() < 0.05
+
+
+def test_inverse_and_a_matrix_that_has_none():
+    T = noise.pair_flip(0.3, 5)
+    torch.testing.assert_close(noise.inverse(T) @ T, torch.eye(5).double())
+    with pytest.raises(ValueError, match="condition number inf, so that its inverse"):
+        noise.inverse(torch.full((2, 2), 0.5))
+    with pytest.raises(ValueError, match=r"condition number 2e\+07"):
+        noise.inverse(noise.symmetric(0.5 - 2.5e-8, 2))

@@ -14,10 +14,12 @@ from nlhelpers.methods import (
     clean_only,
     cross_entropy,
     improved_baseline,
+    loss_correction,
     nl_gan,
     noise_model,
     noisy_as_truth,
     rank_pruning,
+    robust_losses,
     self_learning,
     two_stage,
 )
@@ -55,6 +57,15 @@ class Method:
         return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
+STARTED = {"start_pretrained": 1}
+TUNED = STARTED | {"finetune": self_learning.FINETUNE_EPOCHS}
+CORRECTED = {  # on a clean set T is counted, which saves a training
+    "trainings": 2,
+    "clean_set": "optional",
+    "clean_trainings": -1,
+    "more_trainings": TUNED,
+}
+
 METHODS = {
     "cross-entropy": Method(cross_entropy.cross_entropy, "cross-entropy"),
     # Ding et al. (2018)
@@ -63,6 +74,21 @@ METHODS = {
     ),
     "two-stage": Method(
         two_stage.two_stage, "two-stage", 2, "optional", clean_trainings=1
+    ),
+    # Rows of its tables by others
+    "unhinged": Method(robust_losses.unhinged, "unhinged (BN)"),
+    "sigmoid": Method(robust_losses.sigmoid, "sigmoid (BN)"),
+    "savage": Method(robust_losses.savage, "savage"),
+    "bootstrap-soft": Method(robust_losses.bootstrap_soft, "bootstrap soft"),
+    "bootstrap-hard": Method(robust_losses.bootstrap_hard, "bootstrap hard"),
+    "backward": Method(loss_correction.backward, "backward", **CORRECTED),
+    "forward": Method(loss_correction.forward, "forward", **CORRECTED),
+    # Newer losses
+    "generalised-cross-entropy": Method(
+        robust_losses.generalised_cross_entropy, "generalised cross-entropy"
+    ),
+    "symmetric-cross-entropy": Method(
+        robust_losses.symmetric_cross_entropy, "symmetric cross-entropy"
     ),
     # Xiao et al. (2015)
     "clean-only": Method(clean_only.clean_only, "clean only", 1, "needed", True),
@@ -92,7 +118,7 @@ METHODS = {
         2,
         "needed",
         True,
-        more_trainings={"start_pretrained": 1},
+        more_trainings=STARTED,
     ),
     "noise-model": Method(
         noise_model.noise_model,
@@ -100,7 +126,7 @@ METHODS = {
         2.25,
         "needed",
         True,
-        more_trainings={"start_pretrained": 1},
+        more_trainings=STARTED,
     ),
     # Han et al. (2019)
     "self-learning": Method(
@@ -108,10 +134,7 @@ METHODS = {
         "self-learning",
         1,
         "optional",
-        more_trainings={
-            "start_pretrained": 1,
-            "finetune": self_learning.FINETUNE_EPOCHS,
-        },
+        more_trainings=TUNED,
     ),
     # Chiaroni et al. (2019)
     "nl-gan": Method(

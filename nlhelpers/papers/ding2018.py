@@ -21,10 +21,22 @@ SWAP = {
 }
 
 METHODS = {
+    "cross-entropy [37]": "cross-entropy",
+    "unhinged (BN)": "unhinged",
+    "sigmoid (BN)": "sigmoid",
+    "savage": "savage",
+    "bootstrap soft": "bootstrap-soft",
+    "bootstrap hard": "bootstrap-hard",
+    "backward": "backward",
+    "forward": "forward",
     "cross-entropy": "cross-entropy",
     "improved baseline": "improved-baseline",
     "ours": "two-stage",
 }
+
+# What the paper quotes from [37] is, by that paper's program, the network of the epoch
+# that is best on the validation set.
+QUOTED = tuple(METHODS)[: tuple(METHODS).index("forward") + 1]
 
 # row: four CIFAR-10 accuracies, then four of MNIST with their standard deviations.
 ACCURACY = {
@@ -85,16 +97,20 @@ def _spec(row: str, dataset: str, noise: str, rate: float, **settings) -> Spec |
 def _table3() -> tuple[Cell, ...]:
     cells = []
     for row, (cifar10, mnist) in ACCURACY.items():
+        measure = "best_accuracy" if row in QUOTED else "last_accuracy"
         for (column, noise), value in zip(NOISE.items(), cifar10, strict=True):
             spec = _spec(row, "cifar10", *noise)
-            cells.append(Cell(row, f"CIFAR-10, {column}", value, spec=spec))
+            place = row, f"CIFAR-10, {column}"
+            cells.append(Cell(*place, value, spec=spec, measure=measure))
         published = dict(zip(NOISE, mnist, strict=True))
         for column, noise in NOISE.items():
             spec = _spec(row, "mnist", *noise)
-            cells.append(Cell(row, f"MNIST, {column}", *published[column], spec))
+            place = row, f"MNIST, {column}"
+            cells.append(Cell(*place, *published[column], spec, measure))
         for column, (name, rate, printed) in SWAP.items():
             spec = _spec(row, "mnist", name, rate)
-            cells.append(Cell(row, f"MNIST, {column}", *published[printed], spec))
+            place = row, f"MNIST, {column}"
+            cells.append(Cell(*place, *published[printed], spec, measure))
     return tuple(cells)
 
 

@@ -1,0 +1,108 @@
+"""Losses that bear noise: cross-entropy's training with another loss in its place.
+
+The first five are rows of Ding et al. (2018), Table 3, whose numbers come from the
+program of Patrini et al. (2017); defaults are that program's. The last two are newer.
+Settings are named as in `nlhelpers.losses`.
+"""
+
+import functools
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from nlhelpers import losses, training
+from nlhelpers.data import NoisyData
+from nlhelpers.training import Event, Setup
+
+
+def unhinged(data: NoisyData, setup: Setup, *, others: float = 0.0) -> Iterator[Event]:
+    """The unhinged loss of batch-normalised outputs (van Rooyen et al. 2015)."""
+    check(others=(others, -1, 0))
+    loss = functools.partial(losses.unhinged, others=others)
+    yield from train(normalised(data, setup), loss, data, setup)
+
+
+def sigmoid(data: NoisyData, setup: Setup, *, others: float = 0.0) -> Iterator[Event]:
+    """The sigmoid loss of batch-normalised outputs (Ghosh et al. 2015)."""
+    check(others=(others, -1, 0))
+    loss = functools.partial(losses.sigmoid, others=others)
+    yield from train(normalised(data, setup), loss, data, setup)
+
+
+def savage(data: NoisyData, setup: Setup) -> Iterator[Event]:
+    """The savage loss (Masnadi-Shirazi and Vasconcelos 2009)."""
+    yield from train(setup.build(data), losses.savage, data, setup)
+
+
+def bootstrap_soft(
+    data: NoisyData, setup: Setup, *, beta: float = 0.95
+) -> Iterator[Event]:
+    """Soft bootstrapping: in part, learn what you say (Reed et al. 2015)."""
+    check(beta=(beta, 0, 1))
+    loss = functools.partial(losses.bootstrap_soft, beta=beta)
+    yield from train(setup.build(data), loss, data, setup)
+
+
+def bootstrap_hard(
+    data: NoisyData, setup: Setup, *, beta: float = 0.8
+) -> Iterator[Event]:
+    """Hard bootstrapping: in part, learn what you predict (Reed et al. 2015)."""
+    check(beta=(beta, 0, 1))
+    loss = functools.partial(losses.bootstrap_hard, beta=beta)
+    yield from train(setup.build(data), loss, data, setup)
+
+
+def generalised_cross_entropy(
+    data: NoisyData, setup: Setup, *, q: float = 0.7
+) -> Iterator[Event]:
+    """Between cross-entropy and the mean absolute error (Zhang and Sabuncu 2018)."""
+    check(q=(q, 1e-6, 1))
+    loss = functools.partial(losses.generalised_cross_entropy, q=q)
+    yield from train(setup.build(data), loss, data, setup)
+
+
+def symmetric_cross_entropy(
+    data: NoisyData,
+    setup: Setup,
+    *,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    A: float = -4.0,
+) -> Iterator[Event]:
+    """Cross-entropy and its reverse (Wang et al. 2019); the defaults are CIFAR-10's."""
+    check(alpha=(alpha, 0, 1e6), beta=(beta, 0, 1e6), A=(A, -1e6, 0))
+    loss = functools.partial(
+        losses.symmetric_cross_entropy, alpha=alpha, beta=beta, A=A
+    )
+    yield from train(setup.build(data), loss, data, setup)
+
+
+def train(
+    model: nn.Module, loss: losses.Loss, data: NoisyData, setup: Setup
+) -> Iterator[Event]:
+    """Minimise the mean of a loss of noisy labels."""
+
+    def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
+        return loss(model(images), data.labels[index]).mean()
+
+    return training.fit_noisy(model, data, step, setup)
+
+
+def normalised(data: NoisyData, setup: Setup) -> nn.Module:
+    """A network whose outputs are batch-normalised: the "BN" of the table.
+
+    These losses have no softmax, and the unhinged one falls without end as the outputs
+    grow.
+    """
+    body = setup.build(data)
+    bounded = nn.BatchNorm1d(data.num_classes, device=data.labels.device)
+    return nn.Sequential(body, bounded)
+
+
+def check(**settings: tuple[float, float, float]) -> None:
+    """Raise ValueError for the first setting (value, least, most) out of its range."""
+    for name, (value, least, most) in settings.items():
+        if not least <= value <= most:
+            raise ValueError(
+                f"{name} is {value!r}; it must be in [{least:g}, {most:g}]"
+            )
