@@ -7,17 +7,27 @@ from pathlib import Path
 
 import numpy as np
 
-from nlhelpers import data, experiments, profiles, records, report, training
-from nlhelpers.experiments import Spec
+from nlhelpers import data, grids, profiles, records, report, training
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
 from nlhelpers.papers import TABLES
+from nlhelpers.specs import (
+    BINARY,
+    CRAWLED,
+    DATASETS,
+    NOISE_NAMES,
+    OWN_RATE,
+    PUBLISHED,
+    Spec,
+    known,
+)
 
 DATASET = "digits"  # unless told
 EXPECTED = (
     ValueError,
     data.DataError,
+    grids.GridError,
     records.RecordError,
     training.DivergenceError,
 )
@@ -49,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument(
         "--time-budget", type=float, metavar="MINUTES", help="start no run after this"
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N", help="processes that run at once (Dask)"
+    )
+    run.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a Dask scheduler with its workers"
     )
     show = commands.add_parser("show", help="show records beside the published values")
     show.set_defaults(command=show_table)
@@ -93,11 +109,11 @@ def rate(text: str) -> float | None:
 def specs(options: argparse.Namespace) -> list[Spec]:
     """The runs that the options name."""
     if options.table is not None:
-        experiments.known("table", options.table, TABLES)
-        experiments.known("profile", options.profile, profiles.PROFILES)
+        known("table", options.table, TABLES)
+        known("profile", options.profile, profiles.PROFILES)
         table = TABLES[options.table]
         dataset = options.dataset or only(table.datasets)
-        experiments.known("data set", dataset, experiments.DATASETS)
+        known("data set", dataset, DATASETS)
         found = table.specs(dataset, options.profile, options.seeds)
         check_choice(options)
         runs = [spec for spec in found if chosen(spec, options)]
@@ -136,9 +152,9 @@ def only(datasets: list[str]) -> str:
 def check_choice(options: argparse.Namespace) -> None:
     """Raise ValueError for what cannot be said beside a table's name."""
     for method in options.method or []:
-        experiments.known("method", method, METHODS)
+        known("method", method, METHODS)
     for name in options.noise or []:
-        experiments.known("noise", name, experiments.NOISE_NAMES)
+        known("noise", name, NOISE_NAMES)
     for p in options.noise_rate or []:
         check_rate(p)
     fixed = ("model", "num_clean", "transition", "task", "pi", "num_images", "set")
@@ -150,14 +166,14 @@ def check_choice(options: argparse.Namespace) -> None:
 def default_noise(dataset: str, task: str) -> str:
     """Symmetric, unless the data or the task come with noise of their own."""
     if task:
-        return experiments.BINARY
-    crawled = dataset in experiments.PUBLISHED
-    return experiments.CRAWLED if crawled else "symmetric"
+        return BINARY
+    crawled = dataset in PUBLISHED
+    return CRAWLED if crawled else "symmetric"
 
 
 def default_rate(noise: str) -> float | None:
     """0.2, unless the labels have a rate of their own."""
-    return None if noise in experiments.OWN_RATE else 0.2
+    return None if noise in OWN_RATE else 0.2
 
 
 def chosen(spec: Spec, options: argparse.Namespace) -> bool:
@@ -193,9 +209,11 @@ def run_grid(options: argparse.Namespace) -> None:
     """Run what is asked for and not recorded, then print all of it."""
     budget = None if options.time_budget is None else 60 * options.time_budget
     device = training.pick_device(options.device)
-    done = experiments.run_all(
-        specs(options), options.records, device, time_budget=budget
-    )
+    wanted = specs(options)
+    with grids.workers(options.workers, options.scheduler) as client:
+        done = grids.run_all(
+            wanted, options.records, device, time_budget=budget, client=client
+        )
     if training.is_first():
         print(report.summary(done).to_string(index=False))
 
@@ -203,7 +221,7 @@ def run_grid(options: argparse.Namespace) -> None:
 def show_table(options: argparse.Namespace) -> None:
     """Print the records that exist of what is asked for."""
     wanted = set(specs(options))
-    found = experiments.recorded(options.records)
+    found = grids.recorded(options.records)
     done = [record for spec, record in found.items() if spec in wanted]
     print(report.summary(done).to_string(index=False))
 
@@ -211,8 +229,8 @@ def show_table(options: argparse.Namespace) -> None:
 def list_names(options: argparse.Namespace) -> None:
     """Print what every option allows."""
     print("methods:  ", ", ".join(METHODS))
-    print("data sets:", ", ".join(experiments.DATASETS))
-    print("noises:   ", ", ".join(experiments.NOISE_NAMES))
+    print("data sets:", ", ".join(DATASETS))
+    print("noises:   ", ", ".join(NOISE_NAMES))
     print("models:   ", ", ".join(MODELS))
     print("profiles: ", ", ".join(profiles.PROFILES))
     print("tables:   ", ", ".join(TABLES))

@@ -1,36 +1,21 @@
-"""What a run is, and running it: a frozen `Spec` goes in, a record comes out."""
+"""One run: a `Spec` goes in, a record comes out."""
 
 import dataclasses
-import difflib
 import functools
-import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from nlhelpers import (
-    binary,
-    clothing1m,
-    evaluation,
-    food101n,
-    noise,
-    profiles,
-    records,
-    training,
-)
+from nlhelpers import binary, evaluation, noise, profiles, records, training
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS, loss_correction
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
+from nlhelpers.specs import PUBLISHED, Spec
 from nlhelpers.training import (
-    Auxiliary,
     Correction,
     Epoch,
     Event,
@@ -39,218 +24,6 @@ from nlhelpers.training import (
     Setup,
     Transition,
 )
-
-
-@dataclass(frozen=True)
-class Spec:
-    """All that decides the numbers of a run, apart from the device.
-
-    Every value is checked on the way in: a wrong one raises ValueError with the value
-    and the allowed ones.
-
-    Attributes:
-        method: a key of `methods.METHODS`.
-        dataset: a key of `data.DATASETS` or of PUBLISHED.
-        noise: a key of NOISES, "crawled" for the labels of a set in PUBLISHED, or
-            "binary" for those of a task.
-        noise_rate: probability that a label is changed (on the classes that the noise
-            touches); None for noise that has its own.
-        seed: decides the noise, the split, the weights and the batches.
-        profile: one of `profiles.PROFILES`.
-        model: a key of `models.MODELS`; "" is the data set's default.
-        num_clean: images whose true labels the method may use.
-        transition: T as K rows, for the noise "given" only.
-        task: two groups of classes, like "5,7 vs 2,4", for the noise "binary" only.
-        pi: fractions of right labels among those labelled positive and negative, for
-            a task.
-        num_images: how many different ones a task has to train on.
-        settings: the method's own settings, as a mapping or as pairs.
-    """
-
-    method: str = "cross-entropy"
-    dataset: str = "digits"
-    noise: str = "symmetric"
-    noise_rate: float | None = 0.2
-    seed: int = 0
-    profile: str = "quick"
-    model: str = ""
-    num_clean: int = 0
-    transition: tuple[tuple[float, ...], ...] | None = None
-    task: str = ""
-    pi: tuple[float, float] | None = None
-    num_images: int = 0
-    settings: Mapping[str, object] | tuple[tuple[str, object], ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check every value and bring it to one form."""
-        known("method", self.method, METHODS)
-        known("dataset", self.dataset, DATASETS)
-        known("noise", self.noise, NOISE_NAMES)
-        known("profile", self.profile, profiles.PROFILES)
-        self._set("model", self.model or profiles.DEFAULT_MODELS[self.dataset])
-        known("model", self.model, MODELS)
-        self._set("seed", natural("seed", self.seed))
-        self._set("num_clean", natural("num_clean", self.num_clean))
-        self._set("num_images", natural("num_images", self.num_images))
-        self._check_noise()
-        self._check_task()
-        self._set("settings", self._checked_settings())
-        use = METHODS[self.method].clean_set
-        if self.num_clean and use == "unused":
-            able = [n for n, method in METHODS.items() if method.clean_set != "unused"]
-            raise ValueError(
-                f"num_clean is {self.num_clean}, but {self.method} has no use for a "
-                f"clean set; those that do: {', '.join(able)}"
-            )
-        if not self.num_clean and use == "needed":
-            raise ValueError(
-                f"num_clean is 0, but {self.method} learns from images with true "
-                "labels; set num_clean to how many it may have"
-            )
-
-    def _check_noise(self) -> None:
-        if (self.noise == CRAWLED) != (self.dataset in PUBLISHED):
-            raise ValueError(
-                f"noise is {self.noise!r} and dataset is {self.dataset!r}; "
-                f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and they have no "
-                "other"
-            )
-        own_rate = self.noise in OWN_RATE
-        if own_rate and self.noise_rate is not None:
-            raise ValueError(
-                f"noise_rate is {self.noise_rate!r}, but {self.noise!r} labels come "
-                "with their own rate; set noise_rate to None"
-            )
-        if not own_rate:
-            self._set("noise_rate", noise.check_rate(self.noise_rate))
-        if self.noise in datasets.HUMAN_LABELS and self.dataset != "cifar10":
-            raise ValueError(
-                f"noise is {self.noise!r}, but human labels exist for cifar10 only, "
-                f"not for {self.dataset}"
-            )
-        if self.noise in noise.PATHS and self.dataset not in noise.PATHS[self.noise]:
-            able = ", ".join(noise.PATHS[self.noise])
-            raise ValueError(
-                f"noise is {self.noise!r}, for which {self.dataset} has no published "
-                f"paths; it has for {able}"
-            )
-        if (self.noise == "given") != (self.transition is not None):
-            raise ValueError(
-                "transition and the noise 'given' belong together: noise is "
-                f"{self.noise!r}, transition is {self.transition!r}"
-            )
-        if self.transition is not None:
-            try:
-                rows = torch.tensor(self.transition, dtype=torch.float64)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"transition is {self.transition!r}; it must be K rows of K numbers"
-                ) from error
-            rows = noise.check_transition(rows).tolist()
-            self._set("transition", tuple(tuple(row) for row in rows))
-
-    def _check_task(self) -> None:
-        if self.noise != BINARY:
-            if METHODS[self.method].two_classes:
-                raise ValueError(
-                    f"noise is {self.noise!r}, but {self.method} is for two classes; "
-                    f"set noise to {BINARY!r} and task to two groups of classes, like "
-                    "'5,7 vs 2,4'"
-                )
-            for name in ("task", "pi", "num_images"):
-                if value := getattr(self, name):
-                    raise ValueError(
-                        f"{name} is {value!r}, but noise is {self.noise!r}; it belongs "
-                        f"to a task, whose noise is {BINARY!r}"
-                    )
-            return
-        binary.groups(self.task)
-        self._set("pi", binary.check_pi(self.pi))
-        if not self.num_images:
-            raise ValueError("num_images is 0; say how many a task has to train on")
-        if self.num_clean:
-            raise ValueError(
-                f"num_clean is {self.num_clean}, but a task has no clean set"
-            )
-
-    def _checked_settings(self) -> tuple[tuple[str, object], ...]:
-        try:
-            settings = dict(self.settings)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"settings is {self.settings!r}; it must be a mapping or pairs"
-            ) from None
-        defaults = METHODS[self.method].settings
-        for name, value in settings.items():
-            known(f"setting of {self.method}", name, defaults)
-            kinds = kinds_like(defaults[name])
-            if type(value) not in kinds:
-                choice = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{name} is {value!r}; it must be of type {choice}")
-        if settings.get("T") == loss_correction.KNOWN and self.noise not in KNOWN_T:
-            raise ValueError(
-                f"T is 'known' and noise is {self.noise!r}; T is known of "
-                f"{', '.join(KNOWN_T)} only, so set T to 'estimated'"
-            )
-        return tuple(sorted(settings.items()))
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    @property
-    def recipe(self) -> Recipe:
-        """How networks are trained in this run."""
-        if self.task:
-            return profiles.upsampled(self.model, self.profile)
-        return profiles.recipe(self.dataset, self.model, self.profile)
-
-    def as_dict(self) -> Record:
-        """Plain values for JSON, those left at None or empty included."""
-        values = dataclasses.asdict(self)
-        return values | {"settings": dict(self.settings)}
-
-    def __str__(self) -> str:
-        """A short line for progress bars."""
-        rate = "" if self.noise_rate is None else f" {self.noise_rate:g}"
-        noise = f"{self.noise}{rate}"
-        if self.task:
-            noise = f"{self.task}, {self.num_images} images, pi {self.pi}"
-        return f"{self.method}, {self.dataset}, {noise}, seed {self.seed}"
-
-
-def known(what: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest name, if `value` is none of the allowed."""
-    allowed = list(allowed)
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        choice = ", ".join(allowed) or "none"
-        raise ValueError(f"unknown {what} {value!r}; {hint}Allowed: {choice}")
-
-
-def kinds_like(default: object) -> tuple[type, ...]:
-    """Types that may stand in place of a default; None stands for a number."""
-    if default is None:
-        return float, int, type(None)
-    return (float, int) if isinstance(default, float) else (type(default),)
-
-
-def natural(what: str, value: object) -> int:
-    """Return a whole number of 0 or more, or raise ValueError."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not 0 <= value < 2**63:
-        raise ValueError(f"{what} is {value!r}; it must be a whole number of 0 or more")
-    return value
-
-
-def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
-    """Every combination of `values` (a field's name = its values), the last fastest."""
-    names = list(values)
-    return [
-        dataclasses.replace(base, **dict(zip(names, choice, strict=True)))
-        for choice in itertools.product(*values.values())
-    ]
-
 
 load = functools.lru_cache(maxsize=1)(datasets.load)
 
@@ -312,17 +85,6 @@ NOISES: dict[str, Callable[[Spec, DataSet, torch.Generator], Tensor]] = {
     **dict.fromkeys(datasets.HUMAN_LABELS, human),
 }
 
-
-# Data sets that come divided, with noisy labels of their own and clean ones beside.
-PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n}
-CRAWLED = "crawled"
-DATASETS = (*datasets.DATASETS, *PUBLISHED)
-# Noises whose T can be said beforehand.
-KNOWN_T = ("symmetric", "pair-flip", *noise.PATHS, "given")
-# The noise of binary tasks, whose data are few.
-BINARY = "binary"
-NOISE_NAMES = (*NOISES, CRAWLED, BINARY)
-OWN_RATE = ("given", CRAWLED, BINARY, *datasets.HUMAN_LABELS)  # noises without a rate
 
 # Running
 
@@ -476,10 +238,13 @@ def run(
 
 def settings_of(spec: Spec) -> dict[str, object]:
     """The method's settings; a "known" T is the one that the labels were drawn by."""
-    settings = dict(spec.settings)
-    if settings.get("T") == loss_correction.KNOWN:
-        settings["T"] = transition_of(spec)
-    return settings
+    known = {"T": transition_of(spec)} if knows_T(spec) else {}
+    return dict(spec.settings) | known
+
+
+def knows_T(spec: Spec) -> bool:
+    """Whether the method is told the T of the noise."""
+    return dict(spec.settings).get("T") == loss_correction.KNOWN
 
 
 def transition_of(spec: Spec) -> Tensor:
@@ -525,6 +290,7 @@ def source(spec: Spec) -> str:
         source_of_data(spec),
         loaders[spec.dataset],
         *of_labels,
+        *([transition_of] if knows_T(spec) else []),
         Setup,
         training.seeded,
         noise.realised_rate,
@@ -569,77 +335,3 @@ def latest(found: Iterable[Record]) -> list[Record]:
         if key not in chosen or is_current(record) or not is_current(chosen[key]):
             chosen[key] = record
     return list(chosen.values())
-
-
-def run_all(
-    specs: Iterable[Spec],
-    path: Path,
-    device: torch.device,
-    *,
-    time_budget: float | None = None,
-) -> list[Record]:
-    """Run what is not recorded yet, append each record to `path`, return them all.
-
-    Under torchrun, all processes train each run together, and the first records it.
-
-    Args:
-        specs: the runs; those in `path` that today's code made are not repeated.
-        path: a .jsonl file.
-        device: to train on.
-        time_budget: seconds after which no further run is started.
-
-    Returns:
-        The records of `specs` in their order, as far as they exist.
-    """
-    specs = list(specs)
-    started = time.perf_counter()
-    done = recorded(path)
-    records.check_writable(path)
-    first = training.is_first()
-    with training.processes(device):
-        todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
-        todo = training.agreed(todo)
-        epochs = math.ceil(sum(map(expected_epochs, todo)))
-        if first:
-            count = len(set(specs))
-            print(f"{count - len(todo)} of {count} runs are recorded in {path}")
-        with tqdm(total=epochs, unit="epoch", disable=not todo or not first) as bar:
-            for spec in todo:
-                spent = time.perf_counter() - started
-                if training.agreed(time_budget is not None and spent > time_budget):
-                    bar.write(
-                        "The time budget is spent; the same command goes on later."
-                    )
-                    break
-                bar.set_description(str(spec))
-                record = run(spec, device, progress=functools.partial(advance, bar))
-                if first:
-                    records.append(path, record)
-                done[spec] = record
-    return [done[spec] for spec in specs if spec in done]
-
-
-def expected_epochs(spec: Spec) -> float:
-    """How many epochs a run takes, over all its trainings, for progress bars."""
-    method = METHODS[spec.method]
-    trainings = method.trainings + method.clean_trainings * (spec.num_clean > 0)
-    settings = method.settings | dict(spec.settings)
-    for name, share in method.more_trainings.items():
-        trainings += share * settings[name]
-    return trainings * spec.recipe.epochs
-
-
-def advance(bar: tqdm, event: Event) -> None:
-    """Move the bar by one epoch."""
-    if isinstance(event, Auxiliary):
-        bar.update()
-    if isinstance(event, Epoch):
-        bar.set_postfix(val=f"{event.val_accuracy:.3f}", refresh=False)
-        bar.update()
-
-
-def recorded(path: Path) -> dict[Spec, Record]:
-    """The records under `path` that today's code made, by their spec."""
-    return {
-        spec_of(record): record for record in records.read(path) if is_current(record)
-    }

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from nlhelpers import experiments, records, training
-from nlhelpers.experiments import Spec
+from nlhelpers import records, training
+from nlhelpers.grids import grid
 from nlhelpers.methods import METHODS
+from nlhelpers.specs import Spec, known, natural
 
 SPEC_FIELDS = [
     field.name for field in dataclasses.fields(Spec) if field.name != "method"
@@ -50,7 +51,7 @@ class Parameters:
         """The runs asked for, seed by seed; `changes` replace fields of each."""
         base = dataclasses.replace(self.spec, **changes)
         seeds = range(base.seed, base.seed + self.num_seeds)
-        return experiments.grid(base, seed=seeds, method=self.methods)
+        return grid(base, seed=seeds, method=self.methods)
 
 
 def check(**values: object) -> Parameters:
@@ -58,7 +59,7 @@ def check(**values: object) -> Parameters:
 
     Args:
         values: every parameter of the notebook by its name: fields of
-            `experiments.Spec`, and of `methods` (a list of names), `num_seeds` (how
+            `Spec`, and of `methods` (a list of names), `num_seeds` (how
             many seeds to run, from `seed` on), `device` ("auto", "cpu" or "cuda") and
             `records_file` (where to append records).
 
@@ -68,14 +69,14 @@ def check(**values: object) -> Parameters:
         RecordError: if `records_file` cannot be written.
     """
     for name in injected():
-        experiments.known("parameter", name, values)
+        known("parameter", name, values)
     for name in values:
-        experiments.known("parameter", name, [*SPEC_FIELDS, *OTHERS])
+        known("parameter", name, [*SPEC_FIELDS, *OTHERS])
     others = {name: values.pop(name, default) for name, default in OTHERS.items()}
     methods = listed("methods", others["methods"])
     for method in methods:
-        experiments.known("method", method, METHODS)
-    if experiments.natural("num_seeds", others["num_seeds"]) == 0:
+        known("method", method, METHODS)
+    if natural("num_seeds", others["num_seeds"]) == 0:
         raise ValueError("num_seeds is 0; it must be at least 1")
     path = Path(others["records_file"])
     records.check_writable(path)

@@ -16,6 +16,7 @@ from nlhelpers import experiments
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import Table
 from nlhelpers.records import Record
+from nlhelpers.specs import Spec
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -154,7 +155,7 @@ def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
         `flat` of each record, with row, column, published, published_std and measured
         value of its cell.
     """
-    found: dict[experiments.Spec, list[Record]] = {}
+    found: dict[Spec, list[Record]] = {}
     for record in experiments.latest(done):
         spec = experiments.spec_of(record)
         if spec is not None:

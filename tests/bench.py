@@ -27,8 +27,8 @@ from nlhelpers import (
     records,
     training,
 )
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import nl_gan
+from nlhelpers.specs import Spec
 from nlhelpers.training import Setup
 
 # model -> (data set, images per epoch of the benchmark)

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from nlhelpers import experiments, training
-from nlhelpers.experiments import Spec
+from nlhelpers.specs import Spec
 from nlhelpers.training import Recipe, Setup
 
 TOP = Path(__file__).resolve().parent.parent

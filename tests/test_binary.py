@@ -7,7 +7,7 @@ import torch
 
 from nlhelpers import binary, experiments
 from nlhelpers.data import DataError, DataSet
-from nlhelpers.experiments import Spec
+from nlhelpers.specs import Spec
 from tasks import task
 
 PAPER = [(1.0, 1.0), (0.85, 0.85), (0.7, 0.85), (0.6, 0.65)]

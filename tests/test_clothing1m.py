@@ -12,10 +12,10 @@ from nlhelpers import clothing1m, data, experiments, files, profiles, records, t
 from nlhelpers.__main__ import main
 from nlhelpers.clothing1m import CLASS_NAMES, CLEAN, GIVEN, NOISY, TEST, TRUE, VAL
 from nlhelpers.data import UNKNOWN, DataError
-from nlhelpers.experiments import Spec
 from nlhelpers.files import ImageFiles
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import xiao2015
+from nlhelpers.specs import Spec
 from nlhelpers.training import Recipe, Setup
 from photographs import SIZE, copy, edit, write, write_image
 

@@ -12,7 +12,6 @@ from PIL import Image
 from nlhelpers import experiments, files, food101n, profiles, records
 from nlhelpers.__main__ import main
 from nlhelpers.data import UNKNOWN, DataError
-from nlhelpers.experiments import Spec
 from nlhelpers.files import ImageFiles
 from nlhelpers.food101n import (
     CLASS_NAMES,
@@ -23,6 +22,7 @@ from nlhelpers.food101n import (
     TEST_IMAGES,
     VAL,
 )
+from nlhelpers.specs import Spec
 from photographs import SIZE, copy, edit, write, write_image
 
 LISTED, TESTED = range(240), range(240, 256)

@@ -7,8 +7,8 @@ import torch
 
 from nlhelpers import experiments, losses, noise, training
 from nlhelpers.data import UNKNOWN
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, loss_correction
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Transition
 
 NAMES = ("forward", "backward")

@@ -11,10 +11,10 @@ import torch
 from nlhelpers import __main__ as cli
 from nlhelpers import data, experiments, losses, records, report
 from nlhelpers.__main__ import main
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import TABLES
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import Spec
 from tasks import task
 
 
@@ -174,6 +174,8 @@ def test_list_names_everything(capsys):
         (["--model", "resnet-50"], "did you mean 'resnet50'"),
         (["--model", "resnet50"], "takes 3 channels, but the images have 1"),
         (["--device", "gpu"], "device is 'gpu'"),
+        (["--workers", "0"], "workers is 0; it must be at least 1"),
+        (["--scheduler", "here"], "no Dask scheduler answers at 'here'"),
         (["--num-clean", "5"], "no use for a clean set"),
         (["--method", "two-stage", "--num-clean", "9999"], "num_clean is 9999"),
         (["--set", "alpha"], "--set takes NAME=VALUE, not 'alpha'"),

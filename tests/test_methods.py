@@ -12,9 +12,10 @@ import torch
 
 from nlhelpers import evaluation, experiments, losses, models, training
 from nlhelpers.data import NoisyData, Truth
-from nlhelpers.experiments import Spec
+from nlhelpers.grids import expected_epochs
 from nlhelpers.methods import METHODS, two_stage
 from nlhelpers.methods.two_stage import Balance, Pi, TemporalEnsemble, likely_correct
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Screening
 from tasks import task
 
@@ -535,7 +536,7 @@ def test_every_method_learns_digits(run, cpu):
     if run != "nl-gan":  # which learns nothing in so short a time
         assert record["last_accuracy"] > 0.75
     epochs = [event for event in events if isinstance(event, Epoch | Auxiliary)]
-    assert len(epochs) == math.ceil(experiments.expected_epochs(spec_of(run)))
+    assert len(epochs) == expected_epochs(spec_of(run))
 
 
 @pytest.mark.parametrize("name", ["improved-baseline", "two-stage"])

@@ -9,10 +9,10 @@ from torch import nn
 
 import tasks
 from nlhelpers import experiments, training
-from nlhelpers.experiments import Spec
 from nlhelpers.gan import Players
 from nlhelpers.methods import METHODS, nl_gan
 from nlhelpers.methods.nl_gan import DISTANCES, Game, OneModeError, distance_of
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch
 
 PI = [(0.85, 0.85), (0.7, 0.85), (0.6, 0.65), (1.0, 1.0)]

@@ -10,7 +10,6 @@ from torch import nn
 
 from nlhelpers import experiments, models, noise, profiles, training
 from nlhelpers.data import UNKNOWN
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, noise_model
 from nlhelpers.methods.bottom_up import noisy_log_likelihood
 from nlhelpers.methods.noise_model import (
@@ -23,6 +22,7 @@ from nlhelpers.methods.noise_model import (
     posterior,
     soft_cross_entropy,
 )
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Setup
 
 L = 4

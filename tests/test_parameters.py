@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nlhelpers import parameters
-from nlhelpers.experiments import Spec
 from nlhelpers.records import RecordError
+from nlhelpers.specs import Spec
 
 GIVEN = {
     "dataset": "digits",

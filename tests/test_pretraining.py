@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nlhelpers import data, experiments, models, pretraining
-from nlhelpers.experiments import Spec
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Setup
 
 

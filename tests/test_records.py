@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from nlhelpers import experiments, records
-from nlhelpers.experiments import Spec
+from nlhelpers.grids import recorded
 from nlhelpers.records import RecordError
+from nlhelpers.specs import Spec
 
 RECORD = {"spec": {"seed": 1}, "last_accuracy": 0.5}
 
@@ -75,7 +76,7 @@ def test_a_line_that_is_no_record(path, line):
     before = path.read_bytes() + line + b"\n"
     path.write_bytes(before + before)
     with pytest.raises(RecordError, match=f"{path}, line 2 is no record"):
-        experiments.recorded(path)
+        recorded(path)
     assert path.read_bytes() == before + before
 
 

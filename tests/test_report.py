@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from nlhelpers import report
-from nlhelpers.experiments import Spec
 from nlhelpers.papers import Cell, Table
+from nlhelpers.specs import Spec
 
 SPEC = Spec("two-stage", "mnist", "asymmetric", 0.6, profile="paper")
 TABLE = Table(

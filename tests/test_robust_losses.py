@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nlhelpers import experiments, losses, training
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, robust_losses
+from nlhelpers.specs import Spec
 
 NAMES = {
     "unhinged": losses.unhinged,

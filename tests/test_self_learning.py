@@ -7,8 +7,8 @@ import torch
 
 from nlhelpers import experiments, prototypes
 from nlhelpers.data import UNKNOWN
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS, self_learning
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Correction, Epoch
 
 SMALL = {"num_samples": 60, "num_prototypes": 3}

@@ -7,8 +7,8 @@ from inspect import ismodule
 import pytest
 
 from nlhelpers import experiments, records, sources
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import METHODS
+from nlhelpers.specs import Spec
 from tasks import task
 
 # ---------------------------------------------------------------- the text of code
@@ -180,7 +180,7 @@ RUNS = [
     Spec(profile="smoke", model="resnet14", noise="asymmetric-swap", noise_rate=0.6),
 ]
 # What runs around a run, or stands in its record by value.
-AROUND = ("experiments", "records", "profiles", "sources", "methods")
+AROUND = ("specs", "experiments", "records", "profiles", "sources", "methods")
 BY_VALUE = {"nlhelpers.training.Recipe"}
 
 
@@ -208,6 +208,13 @@ def test_every_function_that_runs_counts(spec, cpu, monkeypatch):
     makers |= {name for name in ran if name.startswith("nlhelpers.methods.")}
     assert len(makers) > 20
     assert makers - BY_VALUE <= covered
+
+
+@pytest.mark.parametrize(("T", "counts"), [("known", True), ("estimated", False)])
+def test_where_a_known_t_comes_from_counts(T, counts, monkeypatch):
+    monkeypatch.setattr(records, "source_hash", lambda *made_by, **k: (made_by, k))
+    made_by, _ = experiments.source(Spec("forward", settings={"T": T}))
+    assert (experiments.transition_of in made_by) == counts
 
 
 @pytest.mark.parametrize("method", METHODS)

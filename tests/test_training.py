@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nlhelpers import batches, experiments, losses, models, training
-from nlhelpers.experiments import Spec
+from nlhelpers.specs import Spec
 from nlhelpers.training import DivergenceError, Recipe
 
 # ---------------------------------------------------------------- the schedule

@@ -3,8 +3,8 @@
 The paper prints shares; here they are in percent.
 """
 
-from nlhelpers.experiments import BINARY, Spec
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import BINARY, Spec
 
 TASKS = {
     "{5;7} vs {2;4}, MNIST": ("mnist", "5,7 vs 2,4", {}),

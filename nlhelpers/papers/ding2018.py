@@ -4,8 +4,8 @@ Accuracies are in percent. Of Table 3, the rows above "cross-entropy" are quoted
 paper from Patrini et al. (2017), its reference [37].
 """
 
-from nlhelpers.experiments import Spec
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import Spec
 
 # Column -> (noise, rate). "swap" is the reading of Figure 3, 5<->6 instead of 5->6; the
 # paper prints one number for what we run twice.

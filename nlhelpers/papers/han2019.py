@@ -6,8 +6,8 @@ them stands CIFAR-10 with the mistakes of people (CIFAR-10N, the label sets name
 of that column beside Xiao et al. (2015), so that methods of two papers can be compared.
 """
 
-from nlhelpers.experiments import Spec
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import Spec
 
 CLOTHING1M = {
     "dataset": "clothing1m",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from nlhelpers.experiments import Spec
+from nlhelpers.specs import Spec
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ two of ours, on data that everybody has: CIFAR-10 with the mistakes that people 
 (CIFAR-10N), and digits whose noise depends on the image.
 """
 
-from nlhelpers.experiments import Spec
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import Spec
 
 # Row of Tables 1 and 2: method, accuracy on the validation and on the test set.
 ROWS = {

@@ -1,0 +1,300 @@
+"""Many runs: what is not recorded yet, one after the other or on many workers.
+
+Workers come through Dask's `distributed`, if it is installed: those of this machine, or
+of any scheduler. A worker returns its record; only this process writes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from nlhelpers import experiments, records, training
+from nlhelpers.methods import METHODS
+from nlhelpers.records import Record
+from nlhelpers.specs import Spec
+from nlhelpers.training import Auxiliary, DivergenceError, Epoch, Event
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+# What ends one run and says nothing of the next one.
+FAILURES = (ValueError, DivergenceError)
+WAIT = 10  # seconds for a scheduler to answer
+
+# Runs with what came of them.
+Outcomes = Iterator[tuple[Spec, Record | Exception]]
+
+
+class GridError(RuntimeError):
+    """Some runs of a grid failed; the message names the first. All others are done."""
+
+
+def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
+    """Every combination of `values` (a field's name = its values), the last fastest."""
+    names = list(values)
+    return [
+        dataclasses.replace(base, **dict(zip(names, choice, strict=True)))
+        for choice in itertools.product(*values.values())
+    ]
+
+
+def run_all(
+    specs: Iterable[Spec],
+    path: Path,
+    device: torch.device,
+    *,
+    time_budget: float | None = None,
+    client: "Client | None" = None,
+) -> list[Record]:
+    """Run what is not recorded yet, append each record to `path`, return them all.
+
+    Under torchrun, all processes train each run together, and the first records it.
+
+    Args:
+        specs: the runs; those in `path` that today's code made are not repeated.
+        path: a .jsonl file.
+        device: to train on; of workers, each takes its own of this kind.
+        time_budget: seconds after which no further run is started.
+        client: of a Dask scheduler, on whose workers the runs go; None is here, one
+            after the other.
+
+    Returns:
+        The records of `specs` in their order, as far as they exist.
+
+    Raises:
+        GridError: in the end, if runs failed; of a single run, its own error.
+    """
+    specs = list(specs)
+    ends = math.inf if time_budget is None else time.perf_counter() + time_budget
+    done = recorded(path)
+    records.check_writable(path)
+    first = training.is_first()
+    failed = {}
+    with training.processes(device):
+        todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
+        todo = training.agreed(todo)
+        if first:
+            count = len(set(specs))
+            print(f"{count - len(todo)} of {count} runs are recorded in {path}")
+        with progress_bar(todo, first) as bar:
+
+            def in_time() -> bool:
+                return training.agreed(time.perf_counter() < ends)
+
+            if client is None:
+                outcomes = in_turn(todo, device, bar, in_time)
+            else:
+                outcomes = on_workers(todo, client, device, bar, in_time)
+            left = len(todo)
+            for spec, outcome in outcomes:
+                left -= 1
+                if isinstance(outcome, Exception):
+                    failed[spec] = outcome
+                    bar.write(f"failed: {spec}: {outcome}")
+                else:
+                    done[spec] = outcome
+                    if first:
+                        records.append(path, outcome)
+            if left:
+                bar.write("The time budget is spent; the same command goes on later.")
+    if failed:
+        spec, error = next(iter(failed.items()))
+        if len(todo) == 1:
+            raise error
+        raise GridError(
+            f"{len(failed)} of {len(todo)} runs failed, the others are recorded; the "
+            f"first: {spec}: {error}"
+        ) from error
+    return [done[spec] for spec in specs if spec in done]
+
+
+def recorded(path: Path) -> dict[Spec, Record]:
+    """The records under `path` that today's code made, by their spec."""
+    return {
+        experiments.spec_of(record): record
+        for record in records.read(path)
+        if experiments.is_current(record)
+    }
+
+
+# One after the other
+
+
+def in_turn(
+    todo: list[Spec], device: torch.device, bar: tqdm, in_time: Callable[[], bool]
+) -> Outcomes:
+    """Each run in this process, for as long as there is time."""
+    for spec in todo:
+        if not in_time():
+            return
+        bar.set_description(str(spec))
+        end = bar.n + expected_epochs(spec)
+        try:
+            outcome = experiments.run(
+                spec, device, progress=functools.partial(advance, bar)
+            )
+        except FAILURES as error:
+            outcome = error
+        yield spec, outcome
+        bar.total += bar.n - end  # what was expected may not be what it took
+
+
+def progress_bar(todo: list[Spec], shown: bool) -> tqdm:
+    """A bar of epochs; what remains is told from the mean of all so far."""
+    total = sum(map(expected_epochs, todo))
+    return tqdm(total=total, unit="epoch", disable=not todo or not shown, smoothing=0)
+
+
+def expected_epochs(spec: Spec) -> int:
+    """How many epochs a run takes, over all its trainings, for progress bars."""
+    method = METHODS[spec.method]
+    trainings = method.trainings + method.clean_trainings * (spec.num_clean > 0)
+    settings = method.settings | dict(spec.settings)
+    for name, share in method.more_trainings.items():
+        trainings += share * settings[name]
+    return math.ceil(trainings * spec.recipe.epochs)
+
+
+def advance(bar: tqdm, event: Event) -> None:
+    """Move the bar by one epoch."""
+    if isinstance(event, Auxiliary):
+        bar.update()
+    if isinstance(event, Epoch):
+        bar.set_postfix(val=f"{event.val_accuracy:.3f}", refresh=False)
+        bar.update()
+
+
+# On workers
+
+
+@contextlib.contextmanager
+def workers(count: int | None, scheduler: str | None) -> Iterator["Client | None"]:
+    """A Dask client: of `count` processes here, or of the scheduler at an address.
+
+    None if neither is asked for, and, with a word about it, if Dask is not installed.
+
+    Raises:
+        ValueError: if both are asked for, the count is not above 0, or no scheduler
+            answers.
+    """
+    if count is None and scheduler is None:
+        yield None
+        return
+    if count is not None and scheduler is not None:
+        raise ValueError(
+            f"workers is {count} and scheduler is {scheduler!r}; a scheduler has its "
+            "own workers, so leave one of the two out"
+        )
+    if count is not None and count < 1:
+        raise ValueError(f"workers is {count}; it must be at least 1")
+    try:
+        import dask
+        import distributed
+    except ImportError:
+        print(
+            "Dask is not installed, so the runs go one after the other; workers come "
+            'with: pip install -e ".[grid]"'
+        )
+        yield None
+        return
+    if scheduler is not None:
+        with connected(scheduler) as client:
+            yield client
+        return
+    threads = max(1, (os.cpu_count() or 1) // count)
+    variables = {"distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads}
+    with (
+        dask.config.set(variables),
+        distributed.LocalCluster(
+            count, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def connected(scheduler: str) -> Iterator["Client"]:
+    """A client of the scheduler at an address, which has a worker at least."""
+    import distributed
+
+    try:
+        client = distributed.Client(scheduler, timeout=WAIT)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no Dask scheduler answers at {scheduler!r}; start one with "
+            "`dask scheduler`, give the address that it prints, or leave it out"
+        ) from error
+    with client:
+        yield client
+
+
+def on_workers(
+    todo: list[Spec],
+    client: "Client",
+    device: torch.device,
+    bar: tqdm,
+    in_time: Callable[[], bool],
+) -> Outcomes:
+    """As many runs at once as there are workers, in the order in which they end.
+
+    A run whose worker is lost is done again by another one: Dask sees to it.
+    """
+    from distributed import KilledWorker, as_completed
+
+    waiting, running = iter(todo), {}
+    finished = as_completed()
+
+    def start_more() -> None:
+        free = max(0, places(client) - len(running)) if in_time() else 0
+        for spec in itertools.islice(waiting, free):
+            future = client.submit(run_here, spec, device.type, pure=False)
+            running[future] = spec
+            finished.add(future)
+
+    client.wait_for_workers(1)
+    start_more()
+    for future in finished:
+        spec = running.pop(future)
+        outcome = outcome_of(future)
+        if isinstance(outcome, Exception) and not isinstance(
+            outcome, (*FAILURES, KilledWorker)
+        ):
+            raise outcome
+        bar.set_description(f"{len(running)} at once, last: {spec}")
+        bar.update(expected_epochs(spec))
+        yield spec, outcome
+        start_more()
+
+
+def places(client: "Client") -> int:
+    """How many runs the workers can do at once."""
+    return sum(client.nthreads().values())
+
+
+def run_here(spec: Spec, device: str) -> Record:
+    """A run in a worker's own process, on its own device of a kind."""
+    return experiments.run(spec, training.pick_device(device))
+
+
+def outcome_of(future: "Future") -> Record | Exception:
+    """What a worker returned or raised."""
+    if future.status == "error":
+        return future.exception()
+    record = future.result()
+    if not experiments.is_current(record):
+        raise RuntimeError(
+            f"a worker returned a record by other code ({record['source']}, commit "
+            f"{record['commit']}) than runs here; bring all workers to one commit"
+        )
+    return record

@@ -1,0 +1,320 @@
+"""Grids go on where they were killed, and no record is lost or repeated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nlhelpers import experiments, grids, losses, records
+from nlhelpers.data import DataError
+from nlhelpers.grids import GridError, grid, recorded, run_all
+from nlhelpers.specs import Spec
+
+SMOKE = Spec(profile="smoke")
+METHODS = ["cross-entropy", "improved-baseline", "two-stage"]
+
+
+def lines(path):
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_grid_is_every_combination_the_last_fastest():
+    specs = grid(SMOKE, seed=[0, 1], noise_rate=[0.1, 0.2, 0.3])
+    found = [(spec.seed, spec.noise_rate) for spec in specs]
+    assert found == [(0, 0.1), (0, 0.2), (0, 0.3), (1, 0.1), (1, 0.2), (1, 0.3)]
+    assert all(spec.profile == "smoke" for spec in specs)
+    assert grid(SMOKE) == [SMOKE]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "runs.jsonl"
+
+
+def forbid_runs(monkeypatch):
+    monkeypatch.setattr(
+        experiments, "run", lambda spec, *a, **k: pytest.fail(f"ran {spec}")
+    )
+
+
+def test_recorded_runs_are_skipped(path, cpu, monkeypatch, capsys):
+    specs = grid(SMOKE, seed=range(3))
+    first = run_all(specs[1:], path, cpu)
+    before = path.read_bytes()
+    everything = run_all(specs, path, cpu)
+    assert path.read_bytes().startswith(before)
+    assert len(lines(path)) == 3
+    assert [r["spec"]["seed"] for r in everything] == [0, 1, 2]
+    assert everything[1:] == first
+    assert "2 of 3 runs are recorded" in capsys.readouterr().out
+    forbid_runs(monkeypatch)
+    assert run_all(specs, path, cpu) == everything
+
+
+def test_a_run_named_twice_runs_once(path, cpu):
+    found = run_all([SMOKE, SMOKE, Spec(profile="smoke", model="mlp")], path, cpu)
+    assert len(found) == 3
+    assert len(lines(path)) == 1
+
+
+def test_records_by_other_code_are_run_again_and_stay(path, cpu):
+    (record,) = run_all([SMOKE], path, cpu)
+    older = json.dumps(record | {"source": "0" * 12}).encode() + b"\n"
+    changed = record | {"recipe": record["recipe"] | {"epochs": 7}}
+    shorter = json.dumps(changed).encode() + b"\n"
+    unknown = record | {"spec": record["spec"] | {"method": "forgotten"}}
+    newer = json.dumps(unknown).encode() + b"\n"
+    path.write_bytes(older + shorter + newer)
+    assert recorded(path) == {}
+    run_all([SMOKE], path, cpu)
+    assert lines(path)[:3] == [older, shorter, newer]
+    assert len(lines(path)) == 4
+    assert list(recorded(path)) == [SMOKE]
+
+
+def test_the_time_budget_stops_between_runs(path, cpu, monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 60))  # a minute passes at every look
+    monkeypatch.setattr(experiments, "run", lambda spec, *a, **k: fake_record(spec))
+    patched = type("clock", (), {"perf_counter": lambda: next(clock)})
+    monkeypatch.setattr(grids, "time", patched)
+    specs = grid(SMOKE, seed=range(10))
+    found = run_all(specs, path, cpu, time_budget=150)
+    assert [r["spec"]["seed"] for r in found] == [0, 1]
+    assert "time budget is spent" in "".join(capsys.readouterr())
+    assert len(run_all(specs, path, cpu)) == 10  # goes on, and needs no budget
+    assert len(lines(path)) == 10
+
+
+def fake_record(spec):
+    return {
+        "spec": spec.as_dict(),
+        "recipe": spec.recipe.as_dict(),
+        "source": experiments.source(spec),
+    }
+
+
+def test_a_diverging_run_does_not_stop_the_others(path, cpu, monkeypatch, capsys):
+    consistency = losses.consistency
+    monkeypatch.setattr(
+        losses, "consistency", lambda *given: consistency(*given) * float("nan")
+    )
+    specs = grid(SMOKE, method=["cross-entropy", "two-stage", "improved-baseline"])
+    why = r"nan at epoch 1, step 1 of .*stage 2"
+    with pytest.raises(GridError, match=f"1 of 3 runs failed.* two-stage, .*{why}"):
+        run_all(specs, path, cpu)
+    assert "failed: two-stage, digits" in "".join(capsys.readouterr())
+    found = [record["spec"]["method"] for record in records.read(path)]
+    assert found == ["cross-entropy", "improved-baseline"]
+    before = path.read_bytes()
+    monkeypatch.undo()
+    assert len(run_all(specs, path, cpu)) == 3
+    assert path.read_bytes().startswith(before)
+
+
+def test_a_missing_data_set_stops_at_once(path, cpu, monkeypatch):
+    calls = []
+
+    def no_data(spec, device, **options):
+        calls.append(spec)
+        raise DataError("mnist is not there")
+
+    monkeypatch.setattr(experiments, "run", no_data)
+    with pytest.raises(DataError, match="mnist is not there"):
+        run_all(grid(SMOKE, seed=range(3)), path, cpu)
+    assert len(calls) == 1
+
+
+def test_the_bar_corrects_what_a_run_was_expected_to_take(path, cpu, capsys):
+    """A known T saves one of the two trainings that forward correction has."""
+    spec = Spec("forward", profile="smoke", settings={"T": "known"})
+    assert grids.expected_epochs(spec) == 4
+    run_all([spec], path, cpu)
+    shown = capsys.readouterr().err
+    assert "0/4" in shown
+    assert "2/2" in shown
+
+
+def test_a_damaged_file_or_folder_stops_before_training(path, cpu, monkeypatch):
+    forbid_runs(monkeypatch)
+    path.write_text('{"spec": {}, "half')
+    with pytest.raises(records.RecordError, match="line 1 is cut off"):
+        run_all([SMOKE], path, cpu)
+    with pytest.raises(records.RecordError, match="cannot write records"):
+        run_all([SMOKE], path / "below" / "a file.jsonl", cpu)
+    assert path.read_text() == '{"spec": {}, "half'
+
+
+def test_a_disk_that_fills_up_keeps_what_was_recorded(path, cpu, monkeypatch):
+    run_all([SMOKE], path, cpu)
+    before = path.read_bytes()
+    write = os.write
+
+    def write_a_bit(file, line):
+        return write(file, line[:100])
+
+    monkeypatch.setattr(os, "write", write_a_bit)
+    with pytest.raises(records.RecordError, match="no space left"):
+        run_all(grid(SMOKE, seed=range(2)), path, cpu)
+    assert path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- SIGKILL
+
+
+def command(path, seeds):
+    call = [sys.executable, "-m", "nlhelpers", "run", "--profile", "smoke"]
+    call += ["--method", *METHODS, "--device", "cpu", "--records", str(path)]
+    return [*call, "--seeds", *map(str, range(seeds))]
+
+
+def environment():
+    paths = [records.PACKAGE.parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def wait_for_lines(path, count, process):
+    for _ in range(1200):
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, "the grid ended before it could be killed"
+        time.sleep(0.05)
+    pytest.fail(f"no {count} records within a minute")
+
+
+def test_a_killed_grid_goes_on_without_losing_or_repeating_a_record(path):
+    seeds = 6
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        command(path, seeds), stdout=quiet, stderr=quiet, env=environment()
+    ) as process:
+        wait_for_lines(path, 3, process)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = path.read_bytes()
+    recorded = before.count(b"\n")
+    assert 3 <= recorded < seeds * len(METHODS)
+    assert before.endswith(b"\n")
+
+    again = subprocess.run(
+        command(path, seeds), capture_output=True, text=True, env=environment()
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{recorded} of {seeds * len(METHODS)} runs are recorded" in again.stdout
+    assert path.read_bytes().startswith(before)
+    found = [Spec(**record["spec"]) for record in records.read(path)]
+    wanted = grid(SMOKE, seed=range(seeds), method=METHODS)
+    assert found == wanted  # each exactly once, in the grid's order
+
+
+# ---------------------------------------------------------------- workers
+
+
+@pytest.fixture(scope="module")
+def client():
+    with grids.workers(2, None) as client:
+        yield client
+
+
+def test_workers_return_the_same_numbers(path, cpu, client, capsys):
+    specs = grid(SMOKE, seed=range(2), method=METHODS)
+    found = run_all(specs, path, cpu, client=client)
+    assert "0 of 6 runs are recorded" in capsys.readouterr().out
+    assert [Spec(**record["spec"]) for record in found] == specs
+    assert len(lines(path)) == 6
+    assert set(recorded(path)) == set(specs)
+    by_hand = experiments.run(specs[1], cpu)
+    assert found[1]["history"]["test_accuracy"] == by_hand["history"]["test_accuracy"]
+    assert {record["threads"] for record in found} == {max(1, os.cpu_count() // 2)}
+    before = path.read_bytes()
+    assert run_all(specs, path, cpu, client=client) == found  # nothing is left to do
+    assert path.read_bytes() == before
+
+
+def test_a_failure_on_a_worker_does_not_stop_the_others(path, cpu, client):
+    wrong = Spec("two-stage", profile="smoke", settings={"threshold": 1.5})
+    with pytest.raises(GridError, match=r"1 of 3 runs failed.*threshold is 1\.5"):
+        run_all([SMOKE, wrong, *grid(SMOKE, seed=[1])], path, cpu, client=client)
+    assert len(lines(path)) == 2
+
+
+def test_the_time_budget_of_workers(path, cpu, client, capsys):
+    specs = grid(SMOKE, seed=range(4))
+    assert run_all(specs, path, cpu, client=client, time_budget=0.0) == []
+    assert "time budget is spent" in "".join(capsys.readouterr())
+    assert len(run_all(specs, path, cpu, client=client)) == 4
+
+
+def test_a_record_by_other_code_is_refused(path, cpu, client, monkeypatch):
+    monkeypatch.setattr(experiments, "is_current", lambda record: False)
+    with pytest.raises(RuntimeError, match=r"other code .* bring all workers to one"):
+        run_all([SMOKE], path, cpu, client=client)
+    assert lines(path) == []
+
+
+def test_the_run_of_a_killed_worker_is_done_again(path, cpu, client, monkeypatch):
+    """One of both workers dies in the middle of its first run."""
+    specs = grid(SMOKE, seed=range(6), method=["two-stage"])
+    processes, busy = client.run(os.getpid), []
+    submit = client.submit
+
+    def submit_and_kill(*given, **options):
+        future = submit(*given, **options)
+        while not busy:
+            busy.extend(at for at, runs in client.processing().items() if runs)
+            if busy:
+                os.kill(processes[busy[0]], signal.SIGKILL)
+        return future
+
+    monkeypatch.setattr(client, "submit", submit_and_kill)
+    found = run_all(specs, path, cpu, client=client)
+    assert processes[busy[0]] not in client.run(os.getpid).values()
+    assert [Spec(**record["spec"]) for record in found] == specs
+    assert len(lines(path)) == 6
+
+
+def test_two_grids_write_one_file_at_once(path, cpu, client):
+    """Each has its own process; both sets of records survive, line by line."""
+    other = subprocess.Popen(
+        command(path, 3),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    mine = grid(SMOKE, seed=range(100, 106))
+    run_all(mine, path, cpu, client=client)
+    assert other.wait() == 0
+    found = {Spec(**record["spec"]) for record in records.read(path)}
+    assert found == {*mine, *grid(SMOKE, seed=range(3), method=METHODS)}
+
+
+@pytest.mark.parametrize(
+    ("count", "scheduler", "message"),
+    [
+        (0, None, "workers is 0; it must be at least 1"),
+        (-2, None, "workers is -2; it must be at least 1"),
+        (2, "tcp://127.0.0.1:9", "leave one of the two out"),
+        (None, "tcp://127.0.0.1:9", "no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
+        (None, "nowhere", "no Dask scheduler answers at 'nowhere'"),
+    ],
+)
+def test_workers_that_cannot_be_had(count, scheduler, message, monkeypatch):
+    monkeypatch.setattr(grids, "WAIT", 0.5)
+    with pytest.raises(ValueError, match=message), grids.workers(count, scheduler):
+        pass
+
+
+def test_without_dask_the_runs_go_one_after_the_other(path, cpu, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with grids.workers(2, None) as client:
+        assert client is None
+        assert len(run_all([SMOKE], path, cpu, client=client)) == 1
+    assert "Dask is not installed" in capsys.readouterr().out
+
+
+def test_an_address_joins_a_running_scheduler(path, cpu, client):
+    with grids.workers(None, client.scheduler.address) as joined:
+        assert len(run_all([SMOKE], path, cpu, client=joined)) == 1
