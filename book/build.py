@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pages
-from execute import Chapter, run_stale
+from execute import TABLES, Chapter, run_stale
 
 TOP = Path(__file__).resolve().parent.parent
 BUILD = TOP / "_build"
@@ -58,6 +58,9 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
     }
     for chapter in chapters:
         content[f"notebooks/{chapter.source.name}"] = page_of(chapter)
+    for path in (BUILD / "notebooks" / name for name in TABLES):
+        if path.is_file():
+            content[f"notebooks/{path.name}"] = path.read_bytes()
     content["book/status.md"] = pages.status(chapters).encode()
     for name, page in pages.api(TOP).items():
         content[name] = page.encode()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from freshness import notebook_key, versions
 
+# What the page of all results offers for download, beside the executed notebooks.
+TABLES = ("tables.csv", "tables.json")
+
 
 @dataclass(frozen=True)
 class Chapter:
@@ -77,7 +80,7 @@ def remove_leftovers(chapters: list[Chapter], executed: Path) -> None:
         path
         for chapter in chapters
         for path in (chapter.target, chapter.sidecar, chapter.records)
-    }
+    } | {executed / name for name in TABLES}
     for path in set(executed.iterdir()) - kept:
         path.unlink()
 

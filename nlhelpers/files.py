@@ -132,6 +132,13 @@ class ImageFiles:
                 place.copy_(next(stream), non_blocking=True)
             yield whole.permute(0, 3, 1, 2)
 
+    @classmethod
+    def __torch_function__(cls, function, types, given=(), options=None):
+        """`torch.cat` of sets of files is `batches.joined`; torch can do no more."""
+        if function is not torch.cat:
+            return NotImplemented
+        return functools.reduce(batches.joined, *given)
+
     def broken(self, *, thorough: bool = False) -> Tensor:
         """Which files are missing, empty or no image: (N,) bool, on the CPU.
 

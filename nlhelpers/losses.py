@@ -59,6 +59,14 @@ def consistency(probs: Tensor, other_probs: Tensor) -> Tensor:
     return (probs - other_probs).square().sum(dim=1)
 
 
+def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of those values (N,) that are chosen, (N,) bool: one at least.
+
+    Unlike `values[chosen].mean()` it has static shapes, which a compiled step needs.
+    """
+    return (values * chosen).sum() / chosen.sum()
+
+
 # Losses that are said to bear noise. Of the first three, Ding et al. (2018) quote the
 # numbers that the program of Patrini et al. (2017) gave; their y_k of the classes that
 # are not the label is 0 there, and -1 in the papers that the losses are from.
@@ -95,7 +103,7 @@ def sigmoid(logits: Tensor, labels: Tensor, others: float = 0.0) -> Tensor:
 
 
 def savage(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of 1 / (1 + exp(2 y_k p_k))^2 (Masnadi-Shirazi and Vasconcelos 2009).
+    """Mean of 1 / (1 + exp(2 y_k p_k))^2 (Masnadi-Shirazi and Vasconcelos 2008).
 
     Args:
         logits: (N, K), of which p is the softmax.

@@ -148,6 +148,81 @@ def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     return frame.iloc[order.codes.argsort(kind="stable")].reset_index(drop=True)
 
 
+def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
+    """Every cell of a published table, in its order: `measured`, and why not.
+
+    Returns:
+        As `measured`, with NaN where nothing was run, and note: why not, else "".
+    """
+    cells = pd.DataFrame(
+        {
+            "row": cell.row,
+            "column": cell.column,
+            "published": cell.value,
+            "published_std": cell.std,
+            "note": cell.note or "not run yet",
+        }
+        for cell in table.cells
+    )
+    cells[["published", "published_std"]] = cells[
+        ["published", "published_std"]
+    ].astype(float)
+    found = measured(table, done).drop(columns=["published", "published_std"])
+    whole = cells.merge(found, how="left", on=["row", "column"])
+    whole["note"] = whole["note"].mask(whole["measured"].notna(), "")
+    return whole
+
+
+def at_a_glance(whole: pd.DataFrame) -> Styler:
+    """The table of `complete` as rows and columns, each cell a few lines of HTML.
+
+    Measured in bold, published in brackets, and below it seeds, profile and seconds of
+    a run, or why there is none. Runs of the paper profile are shaded by how far both
+    are apart: blue above the paper, orange below it, darker from 5 points on.
+    """
+    paper_first = whole.sort_values(
+        "profile", key=lambda profile: profile != "paper", kind="stable"
+    )
+    frame = paper_first.drop_duplicates(["row", "column"])
+    shape = {"index": "row", "columns": "column"}
+    order = {"index": whole["row"].unique(), "columns": whole["column"].unique()}
+    text = frame.assign(text=frame.apply(cell_text, axis=1))
+    text = text.pivot(**shape, values="text").reindex(**order).fillna("")
+    comparable = frame["difference"].where(frame["profile"] == "paper")
+    apart = frame.assign(apart=comparable).pivot(**shape, values="apart")
+    apart = apart.reindex(**order)
+    text.index.name = text.columns.name = None
+    colours = apart.map(agreement)
+    return text.style.apply(lambda _: colours, axis=None)
+
+
+def cell_text(line: pd.Series) -> str:
+    """A cell of `at_a_glance`."""
+    published = f" ({line['published']:.1f})" if pd.notna(line["published"]) else ""
+    if pd.isna(line["measured"]):
+        return f"–{published}<br><small>{line['note']}</small>"
+    mark = "" if line["current"] else f" {OTHER_CODE}"
+    seeds = f"{line['seeds']:.0f} seed{'s' if line['seeds'] > 1 else ''}"
+    value = spread(line["measured"], line["std"])
+    where = f"{seeds}, {line['profile']}, {line['seconds']:.0f} s"
+    return f"<b>{value}{mark}</b>{published}<br><small>{where}</small>"
+
+
+def agreement(difference: float) -> str:
+    """Style of a cell by its difference in points; none where both agree to 1."""
+    if not abs(round(difference, 1)) > 1:  # NaN where nothing is published
+        return ""
+    blue, orange = (("#cfe5f3", "#fbe3b5"), ("#9ccbe8", "#f6c667"))[abs(difference) > 5]
+    return f"background-color: {blue if difference > 0 else orange}; color: #000"
+
+
+def spread(mean: float, std: float) -> str:
+    """A mean with its standard deviation, as far as they exist."""
+    if pd.isna(mean):
+        return "–"
+    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+
 def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """The runs behind a table's cells, one line each.
 
@@ -206,23 +281,11 @@ def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:
 def beside(frame: pd.DataFrame) -> Styler:
     """The table of `measured` as a page shows it: rounded, with ± and shading.
 
-    A difference of more than 1 point is shaded, above the paper in blue and below it in
-    orange.
+    A difference of more than 1 point is shaded, see `agreement`.
     """
-
-    def spread(mean: float, std: float) -> str:
-        if pd.isna(mean):
-            return "–"
-        return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
 
     def signed(difference: float) -> str:
         return "–" if pd.isna(difference) else f"{difference:+.1f}".replace("-", "−")
-
-    def shade(difference: float) -> str:
-        if not abs(round(difference, 1)) > 1:  # NaN where nothing is published
-            return ""
-        colour = "#cfe5f3" if difference > 0 else "#fbe3b5"
-        return f"background-color: {colour}; color: #000"
 
     marks = frame["current"].map({True: "", False: f" {OTHER_CODE}"})
     shown = pd.DataFrame(
@@ -244,7 +307,7 @@ def beside(frame: pd.DataFrame) -> Styler:
     )
     shown["measured"] += marks
     style = shown.style.hide(axis="index").format({"difference": signed})
-    return style.map(shade, subset=["difference"])
+    return style.map(agreement, subset=["difference"])
 
 
 # Parts of figures

@@ -134,6 +134,13 @@ def test_one_image(images, whole):
         images[COUNT]
 
 
+def test_torch_joins_files_and_does_nothing_else_with_them(images, whole):
+    both = torch.cat([images[5:9], images[:3]])
+    assert torch.equal(next(both.split(100)), torch.cat([whole[5:9], whole[:3]]))
+    with pytest.raises(TypeError, match=r"[Nn]o implementation|Multiple dispatch"):
+        torch.stack([images, images])
+
+
 def test_joined(images, whole):
     both = batches.joined(images[5:9], images[:3])
     assert torch.equal(next(both.split(100)), torch.cat([whole[5:9], whole[:3]]))

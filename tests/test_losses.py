@@ -127,6 +127,14 @@ def test_one_value_per_example_in_the_type_given(loss):
     assert values.dtype == torch.float32
 
 
+def test_the_mean_of_some():
+    values = torch.tensor([1.0, 5.0, 3.0, 100.0], requires_grad=True)
+    mean = losses.mean_over(values, torch.tensor([True, False, True, False]))
+    mean.backward()
+    assert mean.item() == 2.0
+    assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0]
+
+
 # ---------------------------------------------------------------- robust losses
 
 

@@ -8,6 +8,7 @@ from nlhelpers import profiles
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import TABLES, ding2018
 from nlhelpers.papers.table import Cell, Table
+from nlhelpers.specs import Spec
 
 # Ding et al. (2018), Table 3: (row, column) -> accuracy, standard deviation.
 TABLE_3 = {
@@ -154,7 +155,7 @@ def test_table_3_is_ten_methods_in_six_noises_on_mnist():
 def test_a_table_without_runs_on_a_data_set():
     with pytest.raises(ValueError, match="no runs on 'digits'; it has on cifar10"):
         TABLES["ding2018-table3"].specs("digits", "quick", [0])
-    empty = Table("key", "Table 0", "", (Cell("a", "b", 1.0),))
+    empty = Table("key", "Table 0", "", (Cell("a", "b", 1.0, note="why"),))
     with pytest.raises(ValueError, match="has no runs on 'mnist'"):
         empty.specs("mnist", "quick", [0])
 
@@ -308,3 +309,70 @@ def test_the_default_run_is_the_same_in_every_table_of_han():
         )
     }
     assert len(specs) == 1
+
+
+def test_a_cell_has_a_run_or_says_why_not():
+    with pytest.raises(ValueError, match="'a', 'b' must have a run or a note"):
+        Cell("a", "b", 1.0)
+    with pytest.raises(ValueError, match="'a', 'b' must have a run or a note"):
+        Cell("a", "b", 1.0, spec=Spec(), note="why")
+
+
+def test_ding_table_4():
+    """Thirteen rows on Clothing1M, of which those by the authors have their own run."""
+    found = cells("ding2018-table4")
+    printed = {  # number -> reported, their own run
+        1: (73.04, None),
+        2: (76.22, None),
+        3: (78.24, None),
+        4: (68.94, 69.03),
+        5: (69.13, None),
+        6: (69.84, None),
+        7: (None, 77.34),
+        8: (None, 79.38),
+        9: (72.63, None),
+        10: (75.19, 74.84),
+        11: (80.38, None),
+        12: (None, 80.44),
+        13: (None, 80.53),
+    }
+    values = {
+        (int(row.split()[0]), column): cell.value
+        for (row, column), cell in found.items()
+    }
+    columns = ("Clothing1M, reported", "Clothing1M, their own run")
+    assert values == {
+        (number, column): value
+        for number, both in printed.items()
+        for column, value in zip(columns, both, strict=True)
+        if value is not None
+    }
+    for (row, _), cell in found.items():
+        number, spec = int(row.split()[0]), cell.spec
+        assert spec.model == ("alexnet" if number in (1, 2, 3, 9) else "resnet50")
+        assert (spec.num_clean > 0) == (number in (1, 2, 3, 8, 9, 10, 11, 12, 13))
+        assert dict(spec.settings).get("finetune", False) == (number > 10)
+
+
+def test_chiaroni_table_1():
+    found = cells("chiaroni2019-table1")
+    mnist, cifar = "{5;7} vs {2;4}, MNIST", "car vs airplane, CIFAR-10"
+    printed = {
+        (f"{mnist}, 1000 images", "PN"): 97.0,
+        (f"{mnist}, 1000 images", "π_P = 0.7, π_N = 0.85, NL-GAN"): 95.6,
+        (f"{mnist}, 100 images", "π_P = 0.6, π_N = 0.65, RP"): 70.3,
+        (f"{cifar}, 1000 images", "π_P = 0.85, π_N = 0.85, RP"): 83.3,
+        (f"{cifar}, 100 images", "π_P = 0.6, π_N = 0.65, NL-GAN"): 68.7,
+    }
+    for place, value in printed.items():
+        assert found[place].value == value
+    assert len({row for row, _ in found}) == 4
+    assert sum(cell.value is not None for cell in found.values()) == 4 * 7
+    for (row, column), cell in found.items():
+        settings = dict(cell.spec.settings)
+        size = int(row.split(", ")[-1].split()[0])
+        assert cell.spec.num_images == size
+        assert cell.spec.dataset == ("mnist" if "MNIST" in row else "cifar10")
+        assert (settings.get("spectral") == "all") == column.endswith("all layers")
+        known = (settings.get("pi_P"), settings.get("pi_N"))
+        assert known == (cell.spec.pi if "GAN" in column else (None, None))

@@ -18,7 +18,7 @@ TABLE = Table(
     (
         Cell("ours", "a", 90.0, 0.5, SPEC),
         Cell("ours", "b", None, None, dataclasses.replace(SPEC, noise_rate=0.2)),
-        Cell("theirs", "a", 80.0),
+        Cell("theirs", "a", 80.0, note="it is theirs"),
     ),
 )
 
@@ -62,7 +62,7 @@ def test_the_page_marks_shades_and_leaves_out():
     assert "90.0 ± 0.5" in html
     assert f"80.0 {report.OTHER_CODE}" in html
     assert "−10.0" in html
-    assert html.count("#fbe3b5") == 1 and "#cfe5f3" not in html
+    assert html.count("#f6c667") == 1 and "#cfe5f3" not in html
     assert ">nan" not in html
 
 
@@ -143,3 +143,61 @@ def test_a_cell_may_measure_the_labels():
         report.measured(table, [record(0.5)]).query("row == 'forgotten'").values
     )
     assert pd.isna(missing[4])
+
+
+# ---------------------------------------------------------------- every cell
+
+
+def test_every_cell_is_there_measured_or_with_a_reason():
+    whole = report.complete(TABLE, [record(0.90, seed=0), record(0.94, seed=1)])
+    assert list(zip(whole["row"], whole["column"], strict=True)) == [
+        (cell.row, cell.column) for cell in TABLE.cells
+    ]
+    assert whole["measured"].isna().tolist() == [False, True, True]
+    assert whole["note"].tolist() == ["", "not run yet", "it is theirs"]
+    assert whole["published"].fillna(0).tolist() == [90.0, 0.0, 80.0]
+
+
+def test_a_table_that_nobody_has_run():
+    whole = report.complete(TABLE, [])
+    assert whole["note"].tolist() == ["not run yet", "not run yet", "it is theirs"]
+    shown = report.at_a_glance(whole).data
+    assert shown.loc["ours", "a"] == "– (90.0)<br><small>not run yet</small>"
+    assert shown.loc["theirs", "b"] == ""
+
+
+def test_a_cell_at_a_glance():
+    done = [record(0.90, seed=0), record(0.94, seed=1), record(0.5, noise_rate=0.2)]
+    shown = report.at_a_glance(report.complete(TABLE, done)).data
+    assert shown.loc["ours", "a"] == (
+        "<b>92.0 ± 2.8 †</b> (90.0)<br><small>2 seeds, paper, 10 s</small>"
+    )
+    assert shown.loc["ours", "b"] == (
+        "<b>50.0 †</b><br><small>1 seed, paper, 10 s</small>"
+    )
+    assert list(shown.index) == ["ours", "theirs"]
+    assert list(shown.columns) == ["a", "b"]
+
+
+def test_of_two_profiles_the_papers_is_shown():
+    done = [record(0.5, profile="quick"), record(0.9)]
+    shown = report.at_a_glance(report.complete(TABLE, done)).data
+    assert "90.0" in shown.loc["ours", "a"].partition("(")[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "profile", "colour"),
+    [
+        (0.92, "paper", "#cfe5f3"),
+        (0.96, "paper", "#9ccbe8"),
+        (0.88, "paper", "#fbe3b5"),
+        (0.84, "paper", "#f6c667"),
+        (0.9104, "paper", None),  # one point, rounded as it is printed
+        (0.50, "quick", None),  # no rival of the published number
+    ],
+)
+def test_colours_of_agreement(accuracy, profile, colour):
+    done = [record(accuracy, profile=profile)]
+    html = report.at_a_glance(report.complete(TABLE, done)).to_html()
+    colours = {c for c in ("#cfe5f3", "#9ccbe8", "#fbe3b5", "#f6c667") if c in html}
+    assert colours == ({colour} if colour else set())

@@ -11,17 +11,25 @@ from dataclasses import dataclass, field
 
 from nlhelpers.methods import (
     bottom_up,
+    clean_net,
     clean_only,
+    co_teaching,
     cross_entropy,
+    divide_mix,
+    early_learning,
     improved_baseline,
+    joint_optimization,
     loss_correction,
+    mlnt,
     nl_gan,
     noise_model,
     noisy_as_truth,
+    pseudo_label,
     rank_pruning,
     robust_losses,
     self_learning,
     two_stage,
+    two_stage_pretrained,
 )
 from nlhelpers.training import Event
 
@@ -75,6 +83,14 @@ METHODS = {
     "two-stage": Method(
         two_stage.two_stage, "two-stage", 2, "optional", clean_trainings=1
     ),
+    "two-stage-pretrained": Method(
+        two_stage_pretrained.two_stage_pretrained,
+        "two-stage, pretrained",
+        3,
+        "optional",
+        clean_trainings=1,
+        more_trainings={"finetune": self_learning.FINETUNE_EPOCHS},
+    ),
     # Rows of its tables by others
     "unhinged": Method(robust_losses.unhinged, "unhinged (BN)"),
     "sigmoid": Method(robust_losses.sigmoid, "sigmoid (BN)"),
@@ -83,6 +99,14 @@ METHODS = {
     "bootstrap-hard": Method(robust_losses.bootstrap_hard, "bootstrap hard"),
     "backward": Method(loss_correction.backward, "backward", **CORRECTED),
     "forward": Method(loss_correction.forward, "forward", **CORRECTED),
+    "pseudo-label": Method(
+        pseudo_label.pseudo_label,
+        "pseudo-label",
+        2,
+        "needed",
+        True,
+        more_trainings=STARTED,
+    ),
     # Newer losses
     "generalised-cross-entropy": Method(
         robust_losses.generalised_cross_entropy, "generalised cross-entropy"
@@ -90,6 +114,12 @@ METHODS = {
     "symmetric-cross-entropy": Method(
         robust_losses.symmetric_cross_entropy, "symmetric cross-entropy"
     ),
+    "early-learning": Method(
+        early_learning.early_learning, "early-learning regularisation"
+    ),
+    # Two networks
+    "co-teaching": Method(co_teaching.co_teaching, "co-teaching"),
+    "divide-mix": Method(divide_mix.divide_mix, "DivideMix"),
     # Xiao et al. (2015)
     "clean-only": Method(clean_only.clean_only, "clean only", 1, "needed", True),
     "clean-only-pretrained": Method(
@@ -135,6 +165,20 @@ METHODS = {
         1,
         "optional",
         more_trainings=TUNED,
+    ),
+    # Rows of its tables by others
+    "joint-optimization": Method(
+        joint_optimization.joint_optimization,
+        "Joint Optimization",
+        trainings=2,
+        more_trainings=STARTED,
+    ),
+    "mlnt": Method(mlnt.mlnt, "MLNT, teacher", trainings=2, more_trainings=STARTED),
+    "clean-net-hard": Method(
+        clean_net.clean_net_hard, "CleanNet, hard", 3, "needed", more_trainings=TUNED
+    ),
+    "clean-net-soft": Method(
+        clean_net.clean_net_soft, "CleanNet, soft", 3, "needed", more_trainings=TUNED
     ),
     # Chiaroni et al. (2019)
     "nl-gan": Method(

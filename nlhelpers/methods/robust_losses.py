@@ -30,7 +30,7 @@ def sigmoid(data: NoisyData, setup: Setup, *, others: float = 0.0) -> Iterator[E
 
 
 def savage(data: NoisyData, setup: Setup) -> Iterator[Event]:
-    """The savage loss (Masnadi-Shirazi and Vasconcelos 2009)."""
+    """The savage loss (Masnadi-Shirazi and Vasconcelos 2008)."""
     yield from train(setup.build(data), losses.savage, data, setup)
 
 

@@ -7,6 +7,7 @@ TABLES: dict[str, Table] = {
     "ding2018-table1": ding2018.TABLE1,
     "ding2018-table2": ding2018.TABLE2,
     "ding2018-table3": ding2018.TABLE3,
+    "ding2018-table4": ding2018.TABLE4,
     "xiao2015-table2": xiao2015.TABLE2,
     "xiao2015-cifar10": xiao2015.CIFAR10,
     "han2019-table1": han2019.TABLE1,

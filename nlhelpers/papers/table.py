@@ -16,6 +16,7 @@ class Cell:
         std: standard deviation over the paper's runs, in percentage points, if printed.
         spec: the run that measures it, seed and profile aside; None if nothing does.
         measure: which number of a run it is, a key of `report.flat`.
+        note: why nothing measures it.
     """
 
     row: str
@@ -24,6 +25,15 @@ class Cell:
     std: float | None = None
     spec: Spec | None = None
     measure: str = "last_accuracy"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a cell without a run, unless it says why."""
+        if (self.spec is None) == (not self.note):
+            raise ValueError(
+                f"the cell {self.row!r}, {self.column!r} must have a run or a note, "
+                "and not both"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,248 @@
+"""Noise-tolerant training by meta-learning, MLNT (Li et al. 2019).
+
+A network should not care which wrong labels it happens to be given. So each step tries
+out what such labels would make of it: part of the batch gets the labels of similar
+images, one step of gradient descent is taken on them, and the network after this step
+should still predict what a steady teacher does. The teacher is the moving average of
+the network, which is the student; the teacher is the classifier.
+
+Symbols: theta = weights of the student, y_hat = synthetic labels, M = how many sets of
+them, rho = share of a batch that is relabelled, alpha = size of the step on y_hat, J =
+how far the student is from the teacher after it, eta = weight of J, gamma = share of
+the teacher's weights that stays.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, replace_all_batch_norm_modules_, vjp
+
+from nlhelpers import losses, prototypes, training
+from nlhelpers.data import NoisyData
+from nlhelpers.methods.two_stage import check_shares
+from nlhelpers.models import Network
+from nlhelpers.pretraining import pretrained
+from nlhelpers.training import Auxiliary, Event, Setup
+
+# While eta rises, the teacher remembers a tenth of the steps that it does afterwards:
+# the authors' gamma is 0.99 at first and then 0.999.
+EARLY = 1 / 10
+
+Weights = dict[str, Tensor]
+
+
+def mlnt(
+    data: NoisyData,
+    setup: Setup,
+    *,
+    M: int = 10,
+    rho: float = 0.5,
+    neighbours: int = 10,
+    alpha: float = 1.0,
+    eta: float = 1.0,
+    ramp: float = 20 / 120,
+    memory: float = 1000 / (120 * 352),
+    start_pretrained: bool = False,
+) -> Iterator[Event]:
+    """Train on all noisy labels as the authors' code does: once, without a mentor.
+
+    J is averaged over the images; the authors' code divides it by K as well.
+
+    Args:
+        data: images with noisy labels.
+        setup: network and recipe, also of the network that says which images are alike.
+        M: sets of synthetic labels of each batch.
+        rho: share of the batch that gets another label in each set.
+        neighbours: from how many of the most similar images of the batch it may come.
+        alpha: in units of the recipe's learning rate, which it equals on CIFAR-10.
+        eta: at its largest.
+        ramp: share of all steps in which eta rises.
+        memory: steps that the teacher remembers, 1 / (1 - gamma), as a share of all.
+        start_pretrained: whether all networks start pretrained, as on photographs.
+    """
+    check(setup, M, neighbours, alpha=alpha, eta=eta)
+    check_shares(rho=rho, ramp=ramp, memory=memory)
+    start = (yield from pretrained(data, setup)) if start_pretrained else None
+
+    def fresh() -> Network:
+        return copy.deepcopy(start) if start_pretrained else setup.build(data)
+
+    G = yield from features(fresh(), data, setup)
+    y, size = data.labels, alpha * setup.recipe.learning_rate
+    steps = setup.recipe.epochs * max(1, len(y) // setup.recipe.batch_size)
+    pair = StudentAndTeacher(fresh(), ramp * steps, memory * steps)
+
+    def step(pair: nn.Module, index: Tensor, images: Tensor) -> Tensor:
+        pair.follow()
+        theta = dict(pair.student.named_parameters())
+        logits, gradient = forward(pair.student, theta, images)
+        with torch.no_grad():
+            target = pair.teacher(images).softmax(dim=1)
+            near = nearest(G[index], neighbours)
+            y_hat = synthetic(y[index], near, M, rho)
+        # A loop, as vmap has no batch norm in bfloat16.
+        J = torch.zeros_like(target[:, 0])
+        for labels in y_hat:
+            g = gradient(labels)
+            after = {name: w - size * g[name] for name, w in theta.items()}
+            J = J + kl(target, functional_call(pair.student, after, (images,))) / M
+        return (losses.cross_entropy(logits, y[index]) + eta * pair.rise() * J).mean()
+
+    yield from training.fit_noisy(pair, data, step, setup, stage="MLNT")
+
+
+# The synthetic labels
+
+
+def features(
+    network: Network, data: NoisyData, setup: Setup
+) -> Generator[Event, None, Tensor]:
+    """Train by cross-entropy, and take deep features at the best validation accuracy.
+
+    The authors take those of the augmented batch in every step, here each image has the
+    same in all.
+
+    Returns:
+        (N, d) float32.
+    """
+
+    def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
+        return losses.cross_entropy(network(images), data.labels[index]).mean()
+
+    best, weights = -1.0, network.state_dict()
+    for done in training.fit_noisy(network, data, step, setup, stage="features"):
+        yield Auxiliary(done)
+        if done.val_accuracy > best:
+            best, weights = done.val_accuracy, copy.deepcopy(network.state_dict())
+    network.load_state_dict(weights)
+    return torch.cat(list(prototypes.deep_features(network, data.images)))
+
+
+def nearest(G: Tensor, k: int) -> Tensor:
+    """The k images of a batch nearest to each, itself apart.
+
+    Args:
+        G: features (B, d).
+        k: how many; in a batch too small for it, all others.
+
+    Returns:
+        (B, k) int64, below B.
+    """
+    itself = torch.eye(len(G), dtype=torch.bool, device=G.device)
+    distances = torch.cdist(G, G).masked_fill(itself, math.inf)
+    return distances.topk(min(k, len(G) - 1), largest=False).indices
+
+
+def synthetic(labels: Tensor, near: Tensor, M: int, rho: float) -> Tensor:
+    """M sets of labels; in each, a share rho has that of a random neighbour.
+
+    It draws from torch's own state, as dropout does: it is part of a compiled step.
+
+    Args:
+        labels: (B,) int64.
+        near: neighbours of each, (B, k) int64.
+        M: how many sets.
+        rho: share of each that is exchanged, rounded down to whole labels.
+
+    Returns:
+        (M, B) int64.
+    """
+    B, k = near.shape
+    chosen = torch.rand(M, B, device=near.device).argsort(dim=1) < int(rho * B)
+    which = torch.randint(k, (M, B, 1), device=near.device)
+    theirs = labels[near].expand(M, B, k).gather(2, which).squeeze(2)
+    return torch.where(chosen, theirs, labels)
+
+
+# Before and after a step on them
+
+
+def forward(
+    student: nn.Module, theta: Weights, images: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Weights]]:
+    """The student's logits, and what the cross-entropy of labels has as its gradient.
+
+    All sets of labels share one pass forward. The gradients are constants, so that of J
+    is of first order, as it is in the paper.
+    """
+    logits, pullback = vjp(lambda w: functional_call(student, w, (images,)), theta)
+
+    @torch.no_grad()
+    def gradient(labels: Tensor) -> Weights:
+        wrong = logits.softmax(dim=1) - F.one_hot(labels, logits.shape[1])
+        (g,) = pullback(wrong / len(labels))
+        return g
+
+    return logits, gradient
+
+
+def kl(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(target || softmax(logits)), per example: (N, K), (N, K) to (N,), in nats."""
+    log_s = logits.log_softmax(dim=1)
+    return (torch.xlogy(target, target) - target * log_s).sum(dim=1)
+
+
+class StudentAndTeacher(nn.Module):
+    """The student in training, the teacher in evaluation.
+
+    The student does without running statistics of batch norm, which only evaluation
+    needs and which trial steps would spoil; the teacher has its own.
+    """
+
+    def __init__(self, network: Network, ramp: float, memory: float) -> None:
+        """Make a pair of a network and its copy.
+
+        Args:
+            network: becomes the student.
+            ramp: steps in which eta rises.
+            memory: steps that the teacher remembers after them.
+        """
+        super().__init__()
+        self.teacher = copy.deepcopy(network).requires_grad_(False)
+        self.student = replace_all_batch_norm_modules_(network)
+        self.ramp, self.memory = max(1.0, ramp), memory
+        device = next(network.parameters()).device
+        self.register_buffer("steps", torch.zeros((), device=device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) uint8 to logits (N, K) float32."""
+        return self.student(images) if self.training else self.teacher(images)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the teacher to gamma * teacher + (1 - gamma) * student.
+
+        At the start of a step, as in the authors' code: the last step of all is not in
+        the teacher. Over the first steps it is the plain mean of the students.
+        """
+        late, early = max(1.0, self.memory), max(1.0, EARLY * self.memory)
+        remembered = torch.where(self.steps < self.ramp, early, late)
+        moves = 1 / torch.minimum(remembered, self.steps + 1)  # 1 - gamma
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        for average, theta in pairs:
+            average.lerp_(theta, moves)
+        self.steps += 1
+
+    def rise(self) -> Tensor:
+        """How much of eta is used in this step, exp(-5 (1 - u)^2) with u up to 1."""
+        u = (self.steps / self.ramp).clamp(max=1)
+        return torch.exp(-5 * (1 - u).square())
+
+
+def check(setup: Setup, M: int, neighbours: int, **weights: float) -> None:
+    """Raise ValueError for the first number that makes no sense."""
+    for name, count in {"M": M, "neighbours": neighbours}.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count!r}; it must be 1 or more")
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight!r}; it must be 0 or more")
+    if setup.recipe.batch_size < 2:
+        raise ValueError(
+            f"batch_size is {setup.recipe.batch_size!r}; it must be 2 or more, for an "
+            "image to have a neighbour"
+        )

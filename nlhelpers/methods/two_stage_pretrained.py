@@ -1,0 +1,68 @@
+"""The two-stage method as on Clothing1M: Ding et al. (2018), section 4.3 and Table 4.
+
+Networks start from weights that were learnt without these labels, alpha stays the same,
+and in the end the network may be fine-tuned on the clean set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nlhelpers.data import NoisyData
+from nlhelpers.methods.self_learning import train_on_clean_set
+from nlhelpers.methods.two_stage import two_stage
+from nlhelpers.models import Network
+from nlhelpers.pretraining import pretrained, transfer
+from nlhelpers.training import Epoch, Event, Setup
+
+
+def two_stage_pretrained(
+    data: NoisyData,
+    setup: Setup,
+    *,
+    alpha: float = 100.0,
+    screen: bool = True,
+    finetune: bool = False,
+) -> Iterator[Event]:
+    """Both stages from pretrained weights, then perhaps a training on the clean set.
+
+    Args:
+        data: images with noisy labels.
+        setup: network and recipe, the same for all stages.
+        alpha: weight of the consistency term in Eq. 2, the same in all epochs.
+        screen: whether stage 1 screens with the clean set, if there is one (rows 8 and
+            13), or without it all the same (row 12).
+        finetune: whether to end with a training on the clean set (rows 12 and 13).
+    """
+    if finetune and not len(data.clean_labels):
+        raise ValueError(
+            "finetune is True, but there is no clean set; set num_clean to how many "
+            "images it may have"
+        )
+    start = yield from pretrained(data, setup)
+    stages = data if screen else without_clean_set(data)
+    begun = Begun(setup.model, setup.recipe, setup.generator, start)
+    for event in two_stage(stages, begun, alpha=alpha, fixed_alpha=True):
+        yield event
+        if isinstance(event, Epoch):
+            network = event.model
+    if finetune:
+        yield from train_on_clean_set(network, data, setup)
+
+
+@dataclass(frozen=True)
+class Begun(Setup):
+    """A setup whose networks start from all layers of another but the last."""
+
+    start: Network
+
+    def build(self, data: NoisyData, **perturbation) -> Network:
+        """A network for the data, as `Setup.build` gives it but for its weights."""
+        network = super().build(data, **perturbation)
+        transfer(self.start.body.state_dict(), network.body)
+        return network
+
+
+def without_clean_set(data: NoisyData) -> NoisyData:
+    """The same noisy images, and no others."""
+    clean = ("clean_images", "clean_labels", "clean_given_labels")
+    return replace(data, **{name: getattr(data, name)[:0] for name in clean})
