@@ -59,6 +59,20 @@ def consistency(probs: Tensor, other_probs: Tensor) -> Tensor:
     return (probs - other_probs).square().sum(dim=1)
 
 
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || softmax(logits)), per example.
+
+    Args:
+        logits: (N, K); log-probabilities are logits too.
+        target: (N, K), rows sum to 1; entries may be 0.
+
+    Returns:
+        (N,), in nats.
+    """
+    log_p = logits.log_softmax(dim=1)
+    return (torch.xlogy(target, target) - target * log_p).sum(dim=1)
+
+
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean of those values (N,) that are chosen, (N,) bool: one at least.
 

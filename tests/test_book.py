@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -13,6 +14,7 @@ import execute
 import freshness
 import pages
 from browser import chromium, find_chromium
+from nlhelpers.papers import TABLES
 
 TOP = Path(__file__).resolve().parent.parent
 HTML = TOP / "_build" / "html"
@@ -240,6 +242,19 @@ def test_page_shows_every_figure(browser, path):
     )
     visit = browser.open((HTML / "notebooks" / f"{path.stem}.html").as_uri())
     assert visit.report["images"] >= figures
+
+
+@needs_book
+def test_all_results_can_be_downloaded():
+    files = {path.suffix: path for path in (HTML / "_downloads").rglob("tables.*")}
+    rows = json.loads(files[".json"].read_text())
+    places = {(row["table"], row["row"], row["column"]) for row in rows}
+    assert places == {
+        (name, cell.row, cell.column)
+        for name, table in TABLES.items()
+        for cell in table.cells
+    }
+    assert len(pd.read_csv(files[".csv"])) == len(rows)
 
 
 @needs_book

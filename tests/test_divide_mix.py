@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from nlhelpers import experiments, training
-from nlhelpers.experiments import Spec
 from nlhelpers.methods import divide_mix
 from nlhelpers.methods.cross_entropy import cross_entropy
 from nlhelpers.methods.divide_mix import (
@@ -24,6 +23,7 @@ from nlhelpers.methods.divide_mix import (
     targets,
     warm_up_loss,
 )
+from nlhelpers.specs import Spec
 from nlhelpers.training import Epoch, Recipe, Screening, Setup
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from nlhelpers import experiments, training
-from nlhelpers.experiments import Spec
+from nlhelpers import experiments, losses, training
 from nlhelpers.methods import joint_optimization as joint
 from nlhelpers.methods.cross_entropy import cross_entropy
+from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Correction, Epoch, Recipe, Setup
 
 
@@ -42,7 +42,7 @@ def test_each_term_by_hand():
     y = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
     p = torch.tensor([0.25, 0.5, 0.25])
     fit = [math.log(2), 0.5 * math.log(0.5 / 0.125) + 0.5 * math.log(0.5 / 0.75)]
-    assert joint.L_c(s.log(), y).tolist() == pytest.approx(fit)
+    assert losses.divergence(s.log(), y).tolist() == pytest.approx(fit)
     mean = [0.3125, 0.5, 0.1875]
     prior = 0.25 * math.log(0.25 / mean[0]) + 0.25 * math.log(0.25 / mean[2])
     assert joint.L_p(s.log(), p).item() == pytest.approx(prior, rel=1e-5)
@@ -54,7 +54,7 @@ def test_each_term_is_smallest_where_it_should_be():
     K = 4
     certain = torch.full((K, K), -50.0).fill_diagonal_(50.0).log_softmax(dim=1)
     equal, eye = torch.full((K,), 1 / K), torch.eye(K)
-    assert joint.L_c(certain, eye).tolist() == pytest.approx([0] * K, abs=1e-6)
+    assert losses.divergence(certain, eye).tolist() == pytest.approx([0] * K, abs=1e-6)
     assert joint.L_p(certain, equal).item() == pytest.approx(0, abs=1e-6)
     assert joint.L_e(certain).tolist() == pytest.approx([0] * K, abs=1e-6)
     unsure = torch.zeros(K, K).log_softmax(dim=1)
@@ -66,7 +66,7 @@ def test_extreme_logits_have_finite_losses_and_gradients():
     logits = torch.tensor([[300.0, 0.0, -300.0]] * 2, requires_grad=True)
     log_s = logits.log_softmax(dim=1)
     y, p = torch.tensor([[0.0, 0.0, 1.0]] * 2), torch.tensor([0.5, 0.5, 0.0])
-    loss = (joint.L_c(log_s, y) + joint.L_e(log_s)).mean() + joint.L_p(log_s, p)
+    loss = (losses.divergence(log_s, y) + joint.L_e(log_s)).mean() + joint.L_p(log_s, p)
     loss.backward()
     # KL to the third class, and to the half of the second; nothing is predicted of it.
     assert loss.item() == pytest.approx(600 + 0.5 * 300 - math.log(2), rel=1e-5)
@@ -76,7 +76,7 @@ def test_extreme_logits_have_finite_losses_and_gradients():
 def test_gradient_of_L_c_is_s_minus_y(generator):
     logits = torch.randn(5, 3, generator=generator, requires_grad=True)
     y = torch.rand(5, 3, generator=generator).softmax(dim=1)
-    joint.L_c(logits.log_softmax(dim=1), y).sum().backward()
+    losses.divergence(logits.log_softmax(dim=1), y).sum().backward()
     assert torch.allclose(logits.grad, logits.detach().softmax(dim=1) - y, atol=1e-6)
 
 

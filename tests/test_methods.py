@@ -30,6 +30,7 @@ RUNS = {
     for name, method in METHODS.items()
     if method.clean_set != "unused"
 }
+RUNS["mlnt"]["settings"] = {"M": 2}
 RUNS["nl-gan"]["settings"] = {"pi_P": 0.9, "pi_N": 0.85, "game_epochs": 1.5}
 RUNS["two-stage, pi"] = {"method": "two-stage", "settings": {"consistency": "pi"}}
 RUNS["bottom-up, pretrained"] = {

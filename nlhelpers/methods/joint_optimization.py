@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlhelpers import training
+from nlhelpers import losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.methods.two_stage import check_shares
 from nlhelpers.models import Network
@@ -73,11 +73,11 @@ def joint_optimization(
 
     def joint(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         log_s = network(images).log_softmax(dim=1)
-        fits = L_c(log_s, y[index]) + beta * L_e(log_s)
+        fits = losses.divergence(log_s, y[index]) + beta * L_e(log_s)  # L_c + beta L_e
         return fits.mean() + alpha * L_p(log_s, p)
 
     def plain(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
-        return L_c(network(images).log_softmax(dim=1), y[index]).mean()
+        return losses.divergence(network(images), y[index]).mean()
 
     network, steady = fresh(), replace(setup, recipe=constant_rate(setup.recipe))
     for done in training.fit_noisy(network, data, joint, steady, stage="stage 1"):
@@ -90,20 +90,7 @@ def joint_optimization(
     yield from training.fit_noisy(fresh(), data, plain, setup, stage="stage 2")
 
 
-# The loss: L_c + alpha L_p + beta L_e
-
-
-def L_c(log_s: Tensor, y: Tensor) -> Tensor:
-    """KL(y || s): how far s is from the labels, per example.
-
-    Args:
-        log_s: (N, K), log-probabilities.
-        y: (N, K), rows sum to 1.
-
-    Returns:
-        (N,), in nats.
-    """
-    return (torch.xlogy(y, y) - y * log_s).sum(dim=1)
+# The loss: L_c + alpha L_p + beta L_e, where L_c is KL(y || s)
 
 
 def L_p(log_s: Tensor, p: Tensor) -> Tensor:

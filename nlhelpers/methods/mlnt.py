@@ -89,7 +89,8 @@ def mlnt(
         for labels in y_hat:
             g = gradient(labels)
             after = {name: w - size * g[name] for name, w in theta.items()}
-            J = J + kl(target, functional_call(pair.student, after, (images,))) / M
+            moved = functional_call(pair.student, after, (images,))
+            J = J + losses.divergence(moved, target) / M
         return (losses.cross_entropy(logits, y[index]) + eta * pair.rise() * J).mean()
 
     yield from training.fit_noisy(pair, data, step, setup, stage="MLNT")
@@ -178,12 +179,6 @@ def forward(
         return g
 
     return logits, gradient
-
-
-def kl(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(target || softmax(logits)), per example: (N, K), (N, K) to (N,), in nats."""
-    log_s = logits.log_softmax(dim=1)
-    return (torch.xlogy(target, target) - target * log_s).sum(dim=1)
 
 
 class StudentAndTeacher(nn.Module):

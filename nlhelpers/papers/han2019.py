@@ -39,6 +39,7 @@ ROWS = (
     (NOISY, "cross-entropy", 69.54, "self-learning", PLAIN),
     (NOISY, "forward", 69.84, "forward", {}),
     (NOISY, "Joint Optimization", 72.23, "joint-optimization", {}),
+    # Their second iteration, if we recall it rightly, with a mentor; ours has one.
     (NOISY, "MLNT, teacher", 73.47, "mlnt", {}),
     (NOISY, "ours", 74.45, "self-learning", {}),
     (VERIFY, "forward", 73.11, "forward", {}),
