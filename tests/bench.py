@@ -8,6 +8,7 @@ CPU cores.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,18 +17,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+import bench_losses
 from nlhelpers import (
     batches,
     data,
     experiments,
     gan,
+    grids,
     losses,
     noise,
     prototypes,
     records,
     training,
 )
-from nlhelpers.methods import nl_gan
+from nlhelpers.methods import METHODS, nl_gan
+from nlhelpers.papers import TABLES
 from nlhelpers.specs import Spec
 from nlhelpers.training import Setup
 
@@ -197,6 +201,43 @@ def bench_game(device: torch.device, rounds: int, steps: int = 6) -> None:
     print(f"noisy-label game: {1000 * each:.0f} ms per step, ratio {ratio:.2f}")
 
 
+def bench_table3(dataset: str, seeds: int, device: torch.device) -> None:
+    """Print what Table 3's half on a data set would take here, from short runs of each.
+
+    On a CPU with a run on every core, on a GPU with one run at a time.
+    """
+    table = TABLES["ding2018-table3"]
+    try:
+        runs = table.specs(dataset, "paper", range(seeds))
+        whole, _ = experiments.data_for(runs[0], device)
+    except data.DataError as error:
+        print(f"Table 3 on {dataset}: skipped, {error}")
+        return
+    runs = [spec for spec in runs if spec.noise != "asymmetric-swap"]
+    threads, at_once = torch.get_num_threads(), 1
+    if device.type == "cpu":
+        at_once = os.cpu_count() or 1
+        torch.set_num_threads(1)
+    total = 0.0
+    for method in dict.fromkeys(spec.method for spec in runs):
+        own = [spec for spec in runs if spec.method == method]
+        seen, _ = experiments.data_for(replace(own[-1], profile="smoke"), device)
+        recipe = replace(own[0].recipe, epochs=3)
+        with training.seeded(0, device) as generator:
+            setup = Setup(own[0].model, recipe, generator)
+            events = list(METHODS[method].run(seen, setup))
+        epochs = [e for e in events if isinstance(e, training.Epoch)]
+        epochs += [e.epoch for e in events if isinstance(e, training.Auxiliary)]
+        warm = [epoch for epoch in epochs if epoch.number > 1]
+        each = statistics.median(epoch.seconds / epoch.images for epoch in warm)
+        total += each * len(whole.labels) * sum(map(grids.expected_epochs, own))
+    torch.set_num_threads(threads)
+    print(
+        f"Table 3 on {dataset}: {len(runs)} runs would take "
+        f"{total / at_once / 60:,.0f} min, {at_once} at once"
+    )
+
+
 def main() -> None:
     """Run all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,6 +254,12 @@ def main() -> None:
     bench_confusion()
     bench_prototypes()
     bench_game(device, options.rounds)
+    bench_table3("mnist", 5, device)
+    bench_table3("cifar10", 1, device)
+    if device.type == "cuda":
+        bench_losses.bench(device, options.rounds)
+    else:
+        print("loss kernels: on a GPU only")
 
 
 if __name__ == "__main__":
