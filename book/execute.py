@@ -6,12 +6,14 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from freshness import notebook_key, versions
 
+AT_ONCE = 4  # notebooks that run together at most: each may take 2 GB
 # What the page of all results offers for download, beside the executed notebooks.
 TABLES = ("tables.csv", "tables.json")
 
@@ -53,6 +55,9 @@ class Chapter:
 def run_stale(top: Path, executed: Path) -> tuple[list[Chapter], int]:
     """Run every notebook whose key differs from that of its executed copy.
 
+    Several run at once, each on a core of its own. With more threads their numbers
+    would depend on how many others run.
+
     Args:
         top: The repository. Notebooks run there.
         executed: The folder of the executed copies.
@@ -64,14 +69,17 @@ def run_stale(top: Path, executed: Path) -> tuple[list[Chapter], int]:
     sources = sorted((top / "notebooks").glob("*.ipynb"))
     chapters = [Chapter(source, executed / source.name) for source in sources]
     remove_leftovers(chapters, executed)
-    failed = 0
+    stale = {}
     for chapter in chapters:
         key = notebook_key(chapter.source, top)
         if chapter.run_info().get("key") == key:
             print(f"notebooks/{chapter.source.name} is up to date")
-        elif not run(chapter, key, top):
-            failed += 1
-    return chapters, failed
+        else:
+            stale[chapter] = key
+    use_own_kernel()
+    with ThreadPoolExecutor(min(AT_ONCE, cores())) as pool:
+        ran = list(pool.map(lambda chapter: run(chapter, stale[chapter], top), stale))
+    return chapters, ran.count(False)
 
 
 def remove_leftovers(chapters: list[Chapter], executed: Path) -> None:
@@ -96,7 +104,6 @@ def run(chapter: Chapter, key: str, top: Path) -> bool:
     import papermill  # slow to import, and not needed when all is up to date
 
     print(f"notebooks/{chapter.source.name} runs", flush=True)
-    use_own_kernel()
     part = chapter.target.with_suffix(".part.ipynb")
     # Nothing is taken over from an earlier run: the page's run time is that of all it
     # shows.
@@ -109,6 +116,7 @@ def run(chapter: Chapter, key: str, top: Path) -> bool:
             parameters={"records_file": os.path.relpath(chapter.records, top)},
             kernel_name="python3",
             cwd=top,
+            progress_bar=False,  # of several at once
             extra_arguments=["--log-level=ERROR"],
         )
     except Exception as error:  # papermill's, a dead kernel, a broken file: all say why
@@ -121,11 +129,13 @@ def run(chapter: Chapter, key: str, top: Path) -> bool:
     part.replace(chapter.target)
     info = {"key": key, "seconds": seconds, **origin(top)}
     chapter.sidecar.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    print(f"notebooks/{chapter.source.name} has run, {seconds:.0f} s", flush=True)
     return True
 
 
 def use_own_kernel() -> None:
-    """Make "python3" mean this environment's kernel, whatever else is installed."""
+    """Make "python3" mean this environment's kernel, on one core, unless told."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["JUPYTER_PATH"] = os.path.join(sys.prefix, "share", "jupyter")
 
@@ -160,14 +170,19 @@ def commit(top: Path) -> str:
 
 def machine() -> dict:
     """The processor, its cores as this process may use them, and the memory in GB."""
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": processor(),
-        "cores": len(cores),
+        "cores": cores(),
         "memory_gb": round(memory / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    every = range(os.cpu_count() or 1)
+    return len(getattr(os, "sched_getaffinity", lambda _: every)(0))
 
 
 def processor() -> str:
