@@ -89,8 +89,8 @@ def share_kept(T: float, tau: float, T_k: float, c: float) -> float:
 def small_loss(loss: Tensor, R: Tensor) -> Tensor:
     """The fewest images that make a share R of a batch, those of the smallest loss.
 
-    The paper keeps at least R |D|, so a broken number is rounded up (the authors' code
-    rounds it down).
+    The paper keeps at least the share R, so a broken number of images is rounded up
+    (the authors' code rounds it down).
 
     Args:
         loss: (B,); equal ones are taken in their order.
