@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nlhelpers import experiments
 from nlhelpers.methods import METHODS
-from nlhelpers.papers import Table
+from nlhelpers.papers import Cell, Table
 from nlhelpers.records import Record
-from nlhelpers.specs import Spec
+from nlhelpers.specs import PUBLISHED, Spec
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -160,7 +160,7 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
             "column": cell.column,
             "published": cell.value,
             "published_std": cell.std,
-            "note": cell.note or "not run yet",
+            "note": cell.note or why_not_run(cell),
         }
         for cell in table.cells
     )
@@ -171,6 +171,12 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     whole = cells.merge(found, how="left", on=["row", "column"])
     whole["note"] = whole["note"].mask(whole["measured"].notna(), "")
     return whole
+
+
+def why_not_run(cell: Cell) -> str:
+    """Why a cell that has a run may have no record."""
+    owned = cell.spec.dataset in PUBLISHED
+    return "for whoever owns the data" if owned else "not run yet"
 
 
 def at_a_glance(whole: pd.DataFrame) -> Styler:

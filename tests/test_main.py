@@ -39,7 +39,9 @@ def table(monkeypatch):
     """A table with two runs on digits and a number that nothing measures."""
     specs = [Spec(name, noise_rate=0.2) for name in ("cross-entropy", "two-stage")]
     cells = [Cell(spec.method, "digits", 90.0, spec=spec) for spec in specs]
-    table = Table("key2020", "Table 1", "", (*cells, Cell("other", "digits", 80.0)))
+    table = Table(
+        "key2020", "Table 1", "", (*cells, Cell("other", "digits", 80.0, note="why"))
+    )
     monkeypatch.setitem(TABLES, "key2020-table1", table)
 
 
@@ -188,7 +190,7 @@ def test_list_names_everything(capsys):
         (["--task", "5 vs 5"], "names 5 twice"),
         (["--task", "5 vs 7"], "pi is None"),
         (["--pi", "0.7", "0.8"], "pi is [0.7, 0.8], but noise is 'symmetric'"),
-        (["ding2018-table4"], "did you mean 'ding2018-table"),
+        (["ding2018-table9"], "did you mean 'ding2018-table"),
         (["ding2018-table3"], "no runs on 'digits'; it has on cifar10, mnist"),
         (["ding2018-table3", "--dataset", "mnits"], "did you mean 'mnist'"),
         # What a table leaves no room for is not passed over in silence.

@@ -166,6 +166,12 @@ def test_a_table_that_nobody_has_run():
     assert shown.loc["theirs", "b"] == ""
 
 
+def test_data_that_not_everybody_has():
+    spec = Spec("clean-only", "clothing1m", "crawled", None, num_clean=9)
+    table = Table("paper", "Table 1", "", (Cell("ours", "a", 90.0, spec=spec),))
+    assert report.complete(table, [])["note"].tolist() == ["for whoever owns the data"]
+
+
 def test_a_cell_at_a_glance():
     done = [record(0.90, seed=0), record(0.94, seed=1), record(0.5, noise_rate=0.2)]
     shown = report.at_a_glance(report.complete(TABLE, done)).data
