@@ -6,7 +6,7 @@ turned (Gidaris et al. 2018).
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torchvision
@@ -80,6 +80,29 @@ def rotation(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Networ
     network = setup.build(data)
     transfer(turner.body.state_dict(), network.body)
     return network
+
+
+@dataclass(frozen=True)
+class Begun(Setup):
+    """A setup whose networks start from all layers of another one but the last."""
+
+    start: Network
+
+    def build(self, data: NoisyData, **perturbation) -> Network:
+        """A network for the data, as `Setup.build` gives it but for its weights."""
+        network = super().build(data, **perturbation)
+        transfer(self.start.body.state_dict(), network.body)
+        return network
+
+
+def begun(
+    data: NoisyData, setup: Setup, start_pretrained: bool
+) -> Generator[Auxiliary, None, Setup]:
+    """The setup whose networks start pretrained, if they shall; trains one for all."""
+    if not start_pretrained:
+        return setup
+    start = yield from pretrained(data, setup)
+    return Begun(setup.model, setup.recipe, setup.generator, start)
 
 
 def transfer(weights: dict[str, Tensor], body: nn.Module) -> None:

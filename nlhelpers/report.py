@@ -164,9 +164,7 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
         }
         for cell in table.cells
     )
-    cells[["published", "published_std"]] = cells[
-        ["published", "published_std"]
-    ].astype(float)
+    cells = cells.astype({"published": float, "published_std": float})
     found = measured(table, done).drop(columns=["published", "published_std"])
     whole = cells.merge(found, how="left", on=["row", "column"])
     whole["note"] = whole["note"].mask(whole["measured"].notna(), "")

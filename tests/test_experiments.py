@@ -17,7 +17,6 @@ WITHOUT_CLEAN = [
     if method.clean_set != "needed" and not method.two_classes
 ]
 SMOKE = Spec(profile="smoke")
-HALF = ((0.5, 0.5), (0.25, 0.75))
 
 
 # ---------------------------------------------------------------- profiles

@@ -193,3 +193,18 @@ def test_correction_undoes_what_t_does(name, cpu):
 def test_names_of_both_losses():
     assert loss_correction.forward_loss(torch.eye(2)).func is losses.forward
     assert loss_correction.backward_loss(torch.eye(2)).func is losses.backward
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_pretraining_serves_both_networks(name, prepared, make_setup, seeded):
+    """With a learning rate of zero both keep the layers that were pretrained."""
+    seen, _ = prepared
+    still = make_setup(epochs=1, optimiser="sgd", learning_rate=0.0)
+    first, second, _, last = events(name, seen, still, start_pretrained=True)
+    stages = [first.epoch.stage, second.epoch.stage, last.stage]
+    assert stages == ["rotation", "training", "training"]
+    start = first.epoch.model.body.state_dict()
+    *inner, _, _ = start  # all but the last layer's weight and bias
+    for model in (second.epoch.model, last.model):
+        found = model.body.state_dict()
+        assert all(torch.equal(found[key], start[key]) for key in inner)

@@ -5,15 +5,9 @@ import json
 
 import pytest
 
-from nlhelpers import experiments
-from nlhelpers.methods import METHODS
+from nlhelpers import experiments, specs
 from nlhelpers.specs import Spec
 
-WITHOUT_CLEAN = [
-    name
-    for name, method in METHODS.items()
-    if method.clean_set != "needed" and not method.two_classes
-]
 SMOKE = Spec(profile="smoke")
 HALF = ((0.5, 0.5), (0.25, 0.75))
 
@@ -130,3 +124,8 @@ def test_settings_in_any_order_make_the_same_spec():
     assert len(specs) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         Spec().seed = 1
+
+
+def test_every_noise_has_a_name_and_every_name_a_noise():
+    assert {*experiments.NOISES, specs.CRAWLED, specs.BINARY} == set(specs.NOISE_NAMES)
+    assert set(specs.KNOWN_T) < set(experiments.NOISES)

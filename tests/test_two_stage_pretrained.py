@@ -7,7 +7,8 @@ import torch
 
 from nlhelpers import experiments, training
 from nlhelpers.methods import METHODS
-from nlhelpers.methods.two_stage_pretrained import Begun, without_clean_set
+from nlhelpers.methods.two_stage_pretrained import without_clean_set
+from nlhelpers.pretraining import Begun
 from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Screening
 

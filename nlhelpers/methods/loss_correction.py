@@ -19,9 +19,8 @@ from torch import Tensor
 from nlhelpers import losses, noise, training
 from nlhelpers.data import UNKNOWN, NoisyData
 from nlhelpers.methods.robust_losses import train
-from nlhelpers.methods.self_learning import train_on_clean_set
-from nlhelpers.models import Network
-from nlhelpers.pretraining import pretrained
+from nlhelpers.methods.self_learning import check_finetune, train_on_clean_set
+from nlhelpers.pretraining import begun
 from nlhelpers.training import Auxiliary, Event, Setup, Transition
 
 ESTIMATED, KNOWN = "estimated", "known"
@@ -95,34 +94,26 @@ def corrected(
 ) -> Iterator[Event]:
     """Find T, then train a fresh network with the loss that it gives."""
     check(data, T, percentile, finetune)
+    started = yield from begun(data, setup, start_pretrained)
     if not isinstance(T, Tensor):
         verified = data.clean_given_labels != UNKNOWN
         if verified.any():
             T = counted(data, verified)
         else:
-            model = yield from started(data, setup, start_pretrained)
-            T = yield from read_off(model, data, setup, percentile)
+            T = yield from read_off(started, data, percentile)
     yield Transition(T)
-    model = yield from started(data, setup, start_pretrained)
+    model = started.build(data)
     loss = loss_under(T.to(data.labels.device, torch.float32))
     yield from train(model, loss, data, setup)
     if finetune:
         yield from train_on_clean_set(model, data, setup)
 
 
-def started(
-    data: NoisyData, setup: Setup, start_pretrained: bool
-) -> Generator[Event, None, Network]:
-    """A network with random weights, or one trained without labels."""
-    if not start_pretrained:
-        return setup.build(data)
-    return (yield from pretrained(data, setup))
-
-
 def read_off(
-    model: Network, data: NoisyData, setup: Setup, percentile: float
+    setup: Setup, data: NoisyData, percentile: float
 ) -> Generator[Event, None, Tensor]:
     """Train on the noisy labels as they are, and read T off what comes out."""
+    model = setup.build(data)
     for done in train(model, losses.cross_entropy, data, setup):
         yield Auxiliary(done)
     probs = training.predict(model, data.images)
@@ -150,8 +141,4 @@ def check(data: NoisyData, T: str | Tensor, percentile: float, finetune: bool) -
         raise ValueError(f"T is {T!r}; it must be 'estimated', 'known' or a matrix")
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile is {percentile!r}; it must be in [0, 100]")
-    if finetune and not len(data.clean_labels):
-        raise ValueError(
-            "finetune is True, but there is no clean set; set num_clean to how many "
-            "images it may have"
-        )
+    check_finetune(data, finetune)

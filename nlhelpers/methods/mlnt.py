@@ -23,6 +23,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vjp
 
 from nlhelpers import losses, prototypes, training
 from nlhelpers.data import NoisyData
+from nlhelpers.methods.robust_losses import train
 from nlhelpers.methods.two_stage import check_shares
 from nlhelpers.models import Network
 from nlhelpers.pretraining import pretrained
@@ -110,12 +111,8 @@ def features(
     Returns:
         (N, d) float32.
     """
-
-    def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
-        return losses.cross_entropy(network(images), data.labels[index]).mean()
-
     best, weights = -1.0, network.state_dict()
-    for done in training.fit_noisy(network, data, step, setup, stage="features"):
+    for done in train(network, losses.cross_entropy, data, setup, "features"):
         yield Auxiliary(done)
         if done.val_accuracy > best:
             best, weights = done.val_accuracy, copy.deepcopy(network.state_dict())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nlhelpers import losses, training
 from nlhelpers.data import NoisyData
-from nlhelpers.training import Event, Setup
+from nlhelpers.training import Epoch, Event, Setup
 
 
 def unhinged(data: NoisyData, setup: Setup, *, others: float = 0.0) -> Iterator[Event]:
@@ -78,14 +78,18 @@ def symmetric_cross_entropy(
 
 
 def train(
-    model: nn.Module, loss: losses.Loss, data: NoisyData, setup: Setup
-) -> Iterator[Event]:
+    model: nn.Module,
+    loss: losses.Loss,
+    data: NoisyData,
+    setup: Setup,
+    stage: str = "training",
+) -> Iterator[Epoch]:
     """Minimise the mean of a loss of noisy labels."""
 
     def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return loss(model(images), data.labels[index]).mean()
 
-    return training.fit_noisy(model, data, step, setup)
+    return training.fit_noisy(model, data, step, setup, stage=stage)
 
 
 def normalised(data: NoisyData, setup: Setup) -> nn.Module:

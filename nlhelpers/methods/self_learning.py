@@ -150,6 +150,15 @@ def train_on_clean_set(
     )
 
 
+def check_finetune(data: NoisyData, finetune: bool) -> None:
+    """Raise ValueError if there is nothing to fine-tune on."""
+    if finetune and not len(data.clean_labels):
+        raise ValueError(
+            "finetune is True, but there is no clean set; set num_clean to how many "
+            "images it may have"
+        )
+
+
 def checked_start(start_epoch: int | None, epochs: int) -> int:
     """The first epoch with corrected labels; raises ValueError if there is none."""
     if start_epoch is None:

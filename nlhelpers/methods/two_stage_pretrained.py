@@ -5,13 +5,12 @@ and in the end the network may be fine-tuned on the clean set.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nlhelpers.data import NoisyData
-from nlhelpers.methods.self_learning import train_on_clean_set
+from nlhelpers.methods.self_learning import check_finetune, train_on_clean_set
 from nlhelpers.methods.two_stage import two_stage
-from nlhelpers.models import Network
-from nlhelpers.pretraining import pretrained, transfer
+from nlhelpers.pretraining import begun
 from nlhelpers.training import Epoch, Event, Setup
 
 
@@ -33,33 +32,15 @@ def two_stage_pretrained(
             13), or without it all the same (row 12).
         finetune: whether to end with a training on the clean set (rows 12 and 13).
     """
-    if finetune and not len(data.clean_labels):
-        raise ValueError(
-            "finetune is True, but there is no clean set; set num_clean to how many "
-            "images it may have"
-        )
-    start = yield from pretrained(data, setup)
+    check_finetune(data, finetune)
+    started = yield from begun(data, setup, start_pretrained=True)
     stages = data if screen else without_clean_set(data)
-    begun = Begun(setup.model, setup.recipe, setup.generator, start)
-    for event in two_stage(stages, begun, alpha=alpha, fixed_alpha=True):
+    for event in two_stage(stages, started, alpha=alpha, fixed_alpha=True):
         yield event
         if isinstance(event, Epoch):
             network = event.model
     if finetune:
         yield from train_on_clean_set(network, data, setup)
-
-
-@dataclass(frozen=True)
-class Begun(Setup):
-    """A setup whose networks start from all layers of another but the last."""
-
-    start: Network
-
-    def build(self, data: NoisyData, **perturbation) -> Network:
-        """A network for the data, as `Setup.build` gives it but for its weights."""
-        network = super().build(data, **perturbation)
-        transfer(self.start.body.state_dict(), network.body)
-        return network
 
 
 def without_clean_set(data: NoisyData) -> NoisyData:
