@@ -7,10 +7,10 @@ BIN := .venv/bin
 ENV := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint bench clean
+.PHONY: help env book test coursework grade lint bench clean
 
 help:   ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 env: $(ENV) ## make .venv with the package, the book's tools and the tests' tools
 
@@ -19,6 +19,17 @@ book: $(ENV) ## run the notebooks that changed, build the book, print where it i
 
 test: $(ENV) ## run all tests; after `make book` they also open every page
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+coursework: $(ENV) ## build the sheets: students' copies, solutions, autograders
+	$(BIN)/python notebooks/coursework/assign.py $(SHEET)
+
+# Also OUT=points.csv, MINUTES=5 and MEMORY=4 (GiB) of each, TRUST=yes.
+grade: $(ENV) ## grade notebooks: make grade SHEET=noise SUBMISSIONS=folder
+	$(if $(and $(SHEET),$(SUBMISSIONS)),,$(error Say what to grade: make grade SHEET=noise \
+	  SUBMISSIONS=folder))
+	@$(BIN)/python notebooks/coursework/grade.py $(SHEET) "$(SUBMISSIONS)" \
+	  $(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(MEMORY),--memory $(MEMORY)) $(if $(TRUST),--trust)
 
 lint: $(ENV) ## check style and format, notebooks included
 	$(BIN)/ruff check .

@@ -61,10 +61,30 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
     for path in (BUILD / "notebooks" / name for name in TABLES):
         if path.is_file():
             content[f"notebooks/{path.name}"] = path.read_bytes()
+    for path in students_sheets():
+        content[f"book/sheets/{path.name}"] = path.read_bytes()
     content["book/status.md"] = pages.status(chapters).encode()
     for name, page in pages.api(TOP).items():
         content[name] = page.encode()
     return content
+
+
+def students_sheets() -> list[Path]:
+    """The students' copies of the sheets, made again where the master is newer."""
+    folder = TOP / "notebooks" / "coursework"
+    copies = {
+        master: BUILD / "coursework" / "students" / master.name
+        for master in sorted(folder.glob("*.ipynb"))
+    }
+    stale = [
+        master.stem
+        for master, copy in copies.items()
+        if not copy.is_file() or copy.stat().st_mtime < master.stat().st_mtime
+    ]
+    if stale:
+        command = [sys.executable, str(folder / "assign.py"), "--no-run", *stale]
+        subprocess.run(command, check=True)
+    return list(copies.values())
 
 
 def page_of(chapter: Chapter) -> bytes:

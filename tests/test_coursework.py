@@ -1,0 +1,343 @@
+"""The sheets, and grading: what a submission gets, and what it cannot do."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+import assign
+import grade
+from grade import Limits
+
+# ---------------------------------------------------------------- a small sheet
+
+MASTER = [
+    ("raw", "# ASSIGNMENT CONFIG\nname: small\ninit_cell: false\nexport_cell: false"
+     "\ntests:\n  ok_format: false"),
+    ("code", "import otter\n\ngrader = otter.Notebook('small.ipynb')"),
+    ("raw", "# BEGIN QUESTION\nname: q1\npoints: 3"),
+    ("markdown", "Double it."),
+    ("raw", "# BEGIN SOLUTION"),
+    ("code", "def twice(x):\n    return x + x  # SOLUTION"),
+    ("raw", "# END SOLUTION"),
+    ("raw", "# BEGIN TESTS"),
+    ("code", '""" # BEGIN TEST CONFIG\npoints: 0\n""" # END TEST CONFIG\n'
+     "def test_form(twice):\n    assert callable(twice), 'twice is a function'"),
+    ("code", '""" # BEGIN TEST CONFIG\nhidden: true\npoints: 3\n'
+     'failure_message: not the double\n""" # END TEST CONFIG\n'
+     "def test_double(twice):\n    assert twice(21) == 42"),
+    ("raw", "# END TESTS"),
+    ("raw", "# END QUESTION"),
+    ("raw", "# BEGIN QUESTION\nname: q2\npoints: 2"),
+    ("markdown", "Which number?"),
+    ("raw", "# BEGIN SOLUTION"),
+    ("code", "number = 7  # SOLUTION"),
+    ("raw", "# END SOLUTION"),
+    ("raw", "# BEGIN TESTS"),
+    ("code", '""" # BEGIN TEST CONFIG\nhidden: true\npoints: 2\n""" # END TEST CONFIG\n'
+     "def test_number(number):\n    assert number == 7, 'another number'"),
+    ("raw", "# END TESTS"),
+    ("raw", "# END QUESTION"),
+]  # fmt: skip
+
+
+def can_confine():
+    try:
+        grade.check_confinement()
+    except grade.GradingError:
+        return False
+    return True
+
+
+CONFINED = can_confine()
+MINUTE = Limits(seconds=60, confined=CONFINED)
+TWICE, NUMBER = "def twice(x):\n    return 2 * x", "number = 7"
+
+
+def write_notebook(path, cells):
+    new = {
+        "raw": nbformat.v4.new_raw_cell,
+        "markdown": nbformat.v4.new_markdown_cell,
+        "code": nbformat.v4.new_code_cell,
+    }
+    notebook = nbformat.v4.new_notebook(cells=[new[kind](text) for kind, text in cells])
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = kernel
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def answers(first=TWICE, second=NUMBER):
+    """A submission of the small sheet."""
+    texts = [MASTER[1][1], first, "grader.check('q1')", second, "grader.check('q2')"]
+    return [("code", text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The small sheet's autograder, beside its students' copy and solution."""
+    folder = tmp_path_factory.mktemp("sheet")
+    master = write_notebook(folder / "small.ipynb", MASTER)
+    assign.build(master, folder / "built", run=False)
+    return folder / "built" / assign.AUTOGRADERS / "small.zip"
+
+
+@pytest.fixture
+def graded(small, tmp_path):
+    """Grade submissions by name, and index the rows by student and question."""
+
+    def run(limits=MINUTE, **submissions):
+        for name, cells in submissions.items():
+            write_notebook(tmp_path / "in" / f"{name}.ipynb", cells)
+        table = grade.grade(small, tmp_path / "in", limits, at_once=2)
+        assert list(table.columns) == ["student", "question", "points", "message"]
+        return table.set_index(["student", "question"])
+
+    return run
+
+
+def points(table, student):
+    return table.loc[student]["points"].to_dict()
+
+
+# ---------------------------------------------------------------- honest submissions
+
+
+def test_what_students_hand_in(graded, small, tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "notes.ipynb").write_text("not a notebook")
+    for kind in ("students", "solutions"):
+        text = (small.parent.parent / kind / "small.ipynb").read_text()
+        (tmp_path / "in" / "deep" / f"{kind}.ipynb").write_text(text)
+    other = json.loads((tmp_path / "in" / "deep" / "students.ipynb").read_text())
+    other["metadata"]["otter"]["assignment_name"] = "noise"
+    (tmp_path / "in" / "other.ipynb").write_text(json.dumps(other))
+    found = graded(
+        good=answers(),
+        syntax=answers(first="def twice(x)\n    return 2 * x"),
+        renamed=answers(first="def double(x):\n    return 2 * x"),
+        deleted=[answers()[1], answers()[3]],
+        overwritten=[*answers(), ("code", "def twice(x):\n    return x")],
+        wrong=answers(second="number = 8"),
+        endless=answers(first="while True:\n    pass"),
+    )
+    full = {"q1": 3.0, "q2": 2.0, "sheet": 5.0}
+    for name in ("good", "deleted", "overwritten", "deep/solutions"):
+        assert points(found, name) == full, name
+        assert not found.loc[name]["message"].any(), name
+    assert points(found, "deep/students") == {"q1": 0.0, "q2": 0.0, "sheet": 0.0}
+    without_q1 = {"q1": 0.0, "q2": 2.0, "sheet": 2.0}
+    for name, message in {
+        "syntax": "SyntaxError: expected ':'",
+        "renamed": "twice is a function",
+        "endless": "TimeoutError: this cell took more than 20 s",
+    }.items():
+        assert points(found, name) == without_q1, name
+        assert message in found.loc[name, "q1"]["message"]
+    assert points(found, "wrong") == {"q1": 3.0, "q2": 0.0, "sheet": 3.0}
+    assert found.loc["wrong", "q2"]["message"] == "another number"
+    for name, message in {
+        "notes": "not a notebook",
+        "other": "a copy of the sheet noise, not of small",
+    }.items():
+        assert points(found, name) == {"sheet": 0.0}, name
+        assert message in found.loc[name, "sheet"]["message"]
+
+
+def test_grading_twice_gives_the_same(graded):
+    first = graded(good=answers(), wrong=answers(second="number = 8"))
+    pd.testing.assert_frame_equal(first, graded())
+
+
+# ---------------------------------------------------------------- hostile submissions
+
+needs_confinement = pytest.mark.skipif(
+    not CONFINED, reason="this kernel cannot confine a submission"
+)
+
+READS = """
+import glob, os
+found = []
+for pattern in {patterns!r}:
+    for path in glob.glob(pattern, recursive=True):
+        try:
+            found.append(open(path).read()[:20])
+        except OSError:
+            pass
+for other in os.listdir("/proc"):
+    try:
+        text = open("/proc/" + other + "/environ").read()
+        found += ["SECRET"] * ("BEARER_OF_A_SECRET" in text)
+    except OSError:
+        pass
+assert not found, found
+"""
+WRITES = """
+for path in {paths!r}:
+    try:
+        open(path, "w").write("good,sheet,100")
+    except OSError:
+        continue
+    raise AssertionError("could write " + path)
+"""
+# A grandchild in a session of its own, whose parents are gone, that ticks for a minute.
+OUTLIVES = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execvp("sleep", ["sleep", "61.125"])
+    os._exit(0)
+"""
+KILLS = """
+import os, signal
+for name in os.listdir("/proc"):
+    if name.isdigit() and int(name) not in (os.getpid(), os.getppid()):
+        try:
+            os.kill(int(name), signal.SIGTERM)
+        except OSError:
+            pass
+try:
+    os.kill(-1, 0)
+except OSError:
+    pass
+"""
+
+
+@needs_confinement
+def test_what_a_submission_cannot_do(graded, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("BEARER_OF_A_SECRET", "1")
+    csv = tmp_path / "small.csv"
+    csv.write_text("yesterday's points")
+    secrets = [str(tmp_path / "in" / "*"), str(small.parent.parent / "**" / "*.*")]
+    secrets += [str(csv), str(assign.HERE / "*.ipynb"), str(Path.home() / "**" / "*")]
+    before = {p.pid for p in psutil.process_iter()}
+    found = graded(
+        good=answers(),
+        reads=answers(first=READS.format(patterns=secrets) + TWICE),
+        writes=answers(
+            first=WRITES.format(paths=[str(csv), str(tmp_path / "in" / "good.ipynb")])
+            + TWICE
+        ),
+        secrets=answers(
+            first="import os\nassert 'BEARER_OF_A_SECRET' not in os.environ\n" + TWICE
+        ),
+        outlives=answers(first=OUTLIVES + TWICE),
+        kills=answers(first=KILLS + TWICE),
+        memory=answers(first="x = bytearray(10 * 2**30)\n" + TWICE),
+        exits=answers(first="import os\nos._exit(0)"),
+        prints=answers(first="print('x' * 100_000_000)\n" + TWICE),
+        formula=answers(second="raise ValueError('=1+1')"),
+    )
+    full = {"q1": 3.0, "q2": 2.0, "sheet": 5.0}
+    for name in ("good", "reads", "writes", "secrets", "outlives", "kills", "prints"):
+        assert points(found, name) == full, found.loc[name].to_string()
+    assert found.loc["prints", "sheet"]["message"] == "printed 100 MB"
+    assert points(found, "memory") == {"q1": 0.0, "q2": 2.0, "sheet": 2.0}
+    assert "MemoryError" in found.loc["memory", "q1"]["message"]
+    assert points(found, "exits") == {"sheet": 0.0}
+    assert "died" in found.loc["exits", "sheet"]["message"]
+    assert points(found, "formula")["q2"] == 0.0
+    assert csv.read_text() == "yesterday's points"
+    started = [p for p in psutil.process_iter() if p.pid not in before]
+    assert not [p for p in started if "61.125" in p.cmdline()]
+
+
+def test_limits_hold_whatever_a_submission_catches(graded):
+    stubborn = (
+        "while True:\n    try:\n        while True:\n            pass\n"
+        "    except BaseException:\n        pass"
+    )
+    many = (
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n"
+        "        x = bytearray(b'1') * 2**28\n        time.sleep(60)\ntime.sleep(60)"
+    )
+    started = time.monotonic()
+    found = graded(
+        Limits(seconds=25, memory=1 << 30, confined=CONFINED),
+        stubborn=answers(first=stubborn),
+        many=answers(first=many),
+        good=answers(),
+    )
+    assert time.monotonic() - started < 75
+    assert points(found, "good")["sheet"] == 5.0
+    assert "stopped after 25 s" in found.loc["stubborn", "sheet"]["message"]
+    assert "more than 1 GiB" in found.loc["many", "sheet"]["message"]
+
+
+# ---------------------------------------------------------------- reports and input
+
+POSSIBLE = {"q1": 3.0, "q2": 2.0}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        [],
+        {"questions": {}},
+        {"message": 1, "questions": {}},
+        {"message": "", "questions": {"q1": 3}},
+        {"message": "", "questions": {"q1": ["3", ""]}},
+        {"message": "", "questions": {"q1": [float("nan"), ""]}},
+        {"message": "", "questions": {"q1": [3, None]}},
+    ],
+)
+def test_a_report_of_another_form_is_worth_nothing(found):
+    said = "reported something else than points"
+    assert grade.rows("ann", found, POSSIBLE) == [("ann", "sheet", 0.0, said)]
+
+
+def test_points_stay_in_their_range():
+    found = {
+        "message": "",
+        "questions": {"q1": [1e9, ""], "q2": [-5, ""], "q3": [1, ""]},
+    }
+    rows = grade.rows("ann", found, POSSIBLE)
+    assert [row[:3] for row in rows] == [
+        ("ann", "q1", 3.0),
+        ("ann", "q2", 0.0),
+        ("ann", "sheet", 3.0),
+    ]
+
+
+def test_texts_are_plain():
+    assert grade.plain("=HYPERLINK(1)\n\x1b[31m" + "x" * 400).startswith(
+        "'=HYPERLINK(1)"
+    )
+    assert "\x1b" not in grade.plain("a\x1b[31m")
+    assert len(grade.plain("x" * 400)) == 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nois", "."], "there is no built sheet 'nois'"),
+        (["small", "nowhere"], "nowhere is not a folder"),
+        (["small", "empty"], "empty is empty"),
+    ],
+)
+def test_bad_calls(small, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(grade, "BUILT", small.parent.parent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert grade.main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_confinement_nothing_is_graded(small, tmp_path, monkeypatch, capsys):
+    write_notebook(tmp_path / "in" / "good.ipynb", answers())
+    monkeypatch.setattr(grade, "BUILT", small.parent.parent)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(grade, "HERE", tmp_path)  # where there is no `confined`
+    words = ["small", str(tmp_path / "in"), "--out", str(tmp_path / "out.csv")]
+    assert grade.main(words) == 1
+    assert "cannot keep a submission from your files" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+    assert os.listdir(tmp_path / "in") == ["good.ipynb"]
