@@ -88,9 +88,14 @@ def notebook_modules(content: dict, top: Path) -> dict[str, Path]:
     """
     wanted: set[str] = set()
     for cell in content["cells"]:
-        if cell["cell_type"] == "code":
+        if cell["cell_type"] == "code" and not installs(cell):
             wanted |= cell_imports(text(cell), top)
     return closure(wanted, top)
+
+
+def installs(cell: dict) -> bool:
+    """Whether a cell only fetches the package where it is missing, as on Colab."""
+    return "install" in cell.get("metadata", {}).get("tags", [])
 
 
 def cell_imports(source: str, top: Path) -> set[str]:

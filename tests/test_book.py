@@ -109,6 +109,17 @@ def test_new_and_deleted_records_count(tree):
     assert keys(tree) == before
 
 
+def test_the_cell_that_installs_the_package_depends_on_none_of_it(tree):
+    path = tree / "notebooks/alone.ipynb"
+    content = json.loads(path.read_text())
+    source = (
+        "try:\n    import nlhelpers\nexcept ImportError:\n    %pip install nlhelpers"
+    )
+    cell = content["cells"][0] | {"source": source, "metadata": {"tags": ["install"]}}
+    content["cells"].insert(0, cell)
+    assert freshness.notebook_modules(content, tree) == {}
+
+
 def test_outputs_do_not_count(tree):
     before = keys(tree)
     path = tree / "notebooks/noise.ipynb"
@@ -185,12 +196,19 @@ def test_notebook_form(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert tagged == code[:1], "the first code cell, and only it, is tagged parameters"
+    assert tagged == code[1:2], (
+        "the second code cell, and only it, is tagged parameters"
+    )
     for number, cell in enumerate(code, 1):
         assert not cell.outputs, f"code cell {number} is stored with outputs"
         assert cell.execution_count is None, f"code cell {number} has a count"
         lines = len(cell.source.splitlines())
         assert lines <= 25, f"code cell {number} has {lines} lines, over 25"
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    hidden = [line for line in prose.splitlines() if line.startswith("%")]
+    assert not hidden, "MyST takes a line that begins with % for a comment"
+    assert 3 <= prose.count("{exercise}") == prose.count("{solution}") <= 5
+    assert "## Key takeaways" in prose
 
 
 # ---------------------------------------------------------------- the built pages

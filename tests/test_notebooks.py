@@ -1,11 +1,14 @@
 """Every notebook under papermill, as the README says, with good and bad parameters."""
 
 import builtins
+import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from nlhelpers import records
 from photographs import write_clothing1m, write_food101n
@@ -16,8 +19,9 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.s
 
 
 def code_cells(notebook):
+    """Sources of all code cells but the first, which fetches the package elsewhere."""
     cells = nbformat.read(notebook, as_version=4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if cell.cell_type == "code"][1:]
 
 
 def defaults(notebook):
@@ -36,6 +40,39 @@ def test_it_runs_and_stores_its_runs_where_it_is_told(notebook, papermill, tmp_p
     assert all(cell.execution_count for cell in code)
     stored = records.read(tmp_path / "runs.jsonl")
     assert {record["spec"]["profile"] for record in stored} <= {"smoke"}
+
+
+@each_notebook
+@pytest.mark.parametrize("there", [True, False])
+def test_the_first_cell_fetches_the_package_where_it_is_missing(
+    notebook, there, monkeypatch, capsys
+):
+    """Its magics are noted, not run."""
+    called = []
+    shell = SimpleNamespace(
+        system=called.append,
+        run_line_magic=lambda name, line: called.append(f"%{name} {line}"),
+    )
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    if not there:
+        monkeypatch.setitem(sys.modules, "nlhelpers", None)  # importing it fails
+    cells = nbformat.read(notebook, as_version=4).cells
+    first = next(cell for cell in cells if cell.cell_type == "code")
+    assert first.metadata["tags"] == ["install", "remove-cell"]
+    exec(TransformerManager().transform_cell(first.source), {})
+    if there:
+        assert called == [] and capsys.readouterr().out == ""
+    else:
+        clone, enter, install = called
+        assert clone == f"git clone -q --depth 1 {repository()}"
+        assert (enter, install) == ("%cd -q nlhelpers", "%pip install -q .")
+        assert "installed" in capsys.readouterr().out
+
+
+def repository():
+    """Where the project says that it lives."""
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
 
 
 PHOTOGRAPHS = {
