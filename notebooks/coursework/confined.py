@@ -24,9 +24,11 @@ from nbformat import NotebookNode
 CHECK = re.compile(r"""grader\.check\(\s*["'](\w+)["']\s*\)""")
 LOUD = 10_000_000  # characters of output that are worth a word to the teacher
 
-# What Python, torch and Jupyter read beside their own files.
+# What Python, torch and Jupyter read beside their own files. Not all of /proc: root may
+# read other processes' environment there, and anybody their command lines.
 SYSTEM = (
-    "/bin", "/lib", "/lib64", "/usr", "/proc", "/sys/devices/system", "/dev/urandom",
+    "/bin", "/lib", "/lib64", "/usr", "/proc/cpuinfo", "/proc/meminfo",
+    "/proc/stat", "/proc/version", "/sys/devices/system", "/dev/urandom",
     "/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/hosts", "/etc/fonts",
     "/etc/nsswitch.conf", "/etc/os-release", "/etc/mime.types",
 )  # fmt: skip

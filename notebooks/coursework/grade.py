@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import matplotlib
 import pandas as pd
@@ -32,6 +34,7 @@ from assign import AUTOGRADERS, BUILT, HERE, sheets
 COLUMNS = ["student", "question", "points", "message"]
 WHOLE = "sheet"  # the question of a row about all of them
 LONGEST = 300  # characters of a message
+LARGEST = 50_000_000  # bytes of a submission
 ADOPT = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
 
@@ -44,12 +47,14 @@ class Limits:
     """What a submission may use.
 
     Attributes:
-        seconds: in all; a single cell may take a third of it.
+        seconds: in all.
+        cell: seconds of computing, of a single cell.
         memory: bytes, of all its processes together.
         confined: whether the operating system keeps it from other files and processes.
     """
 
     seconds: float = 300.0
+    cell: float = 100.0
     memory: int = 4 << 30
     confined: bool = True
 
@@ -61,7 +66,12 @@ def main(words: list[str] | None = None) -> int:
         The exit status: 0 if every submission has its rows.
     """
     given = parser().parse_args(words)
-    limits = Limits(60 * given.minutes, int(given.memory * (1 << 30)), not given.trust)
+    limits = Limits(
+        60 * given.minutes,
+        20 * given.minutes,
+        int(given.memory * (1 << 30)),
+        not given.trust,
+    )
     try:
         table = grade(archive_of(given.sheet), given.folder, limits, given.at_once)
     except GradingError as error:
@@ -122,14 +132,12 @@ def grade(archive: Path, folder: Path, limits: Limits, at_once: int) -> pd.DataF
     papers = submissions(folder)
     if limits.confined:
         check_confinement()
-    adopt_orphans()
-    running: set[int] = set()
+    with Ward() as ward, ThreadPoolExecutor(at_once) as threads:
 
-    def graded(path: Path) -> list[tuple]:
-        found = graded_apart(path, archive.stem, tests, limits, running)
-        return rows(student(path, folder), found, possible)
+        def graded(path: Path) -> list[tuple]:
+            found = graded_apart(path, archive.stem, tests, limits, ward)
+            return rows(student(path, folder), found, possible)
 
-    with ThreadPoolExecutor(at_once) as threads:
         parts = list(threads.map(graded, papers))
     return pd.DataFrame([row for part in parts for row in part], columns=COLUMNS)
 
@@ -187,14 +195,61 @@ def check_confinement() -> None:
         )
 
 
-def adopt_orphans() -> None:
-    """On Linux, processes that lose their parent become children of this one."""
+class Ward:
+    """The processes that grade submissions, and what these leave behind.
+
+    On Linux a process that loses its parent becomes a child of this one, so that none
+    can get away.
+    """
+
+    def __init__(self) -> None:
+        """Whoever is a child of this process by now is none of ours."""
+        self.lock = threading.Lock()
+        self.known = {child.pid for child in psutil.Process().children()}
+
+    def __enter__(self) -> Self:
+        """Adopt orphans from now on."""
+        adopt_orphans(True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let them be."""
+        adopt_orphans(False)
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen:
+        """Start a process; `options` are those of `subprocess.Popen`."""
+        with self.lock:
+            process = subprocess.Popen(command, **options)
+            self.known.add(process.pid)
+        return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        """End it and all that it has started."""
+        for member in family(process.pid):
+            kill(member)
+        process.wait()
+        with self.lock:
+            self.known.discard(process.pid)
+            while strays := self.strays():
+                for stray in strays:
+                    for member in family(stray.pid):
+                        kill(member)
+                psutil.wait_procs(strays, timeout=1)
+
+    def strays(self) -> list[psutil.Process]:
+        """Children of this process that it did not start: they have lost a parent."""
+        children = psutil.Process().children()
+        return [child for child in children if child.pid not in self.known]
+
+
+def adopt_orphans(whether: bool) -> None:
+    """Whether descendants without a parent become children of this process."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(ADOPT, int(whether), 0, 0, 0)
 
 
 def graded_apart(
-    path: Path, sheet: str, tests: dict[str, str], limits: Limits, running: set[int]
+    path: Path, sheet: str, tests: dict[str, str], limits: Limits, ward: Ward
 ) -> object:
     """Grade one submission in a process of its own.
 
@@ -203,7 +258,7 @@ def graded_apart(
         sheet: the sheet's name.
         tests: sources by question.
         limits: of the process and of all that it starts.
-        running: ids of the processes that do this now.
+        ward: starts and ends it.
 
     Returns:
         What the process reports, unchecked; or a sentence that says what became of it.
@@ -211,17 +266,22 @@ def graded_apart(
     task = {
         "sheet": sheet,
         "tests": tests,
-        "cell_seconds": limits.seconds / 3,
+        "cell_seconds": limits.cell,
         "memory": limits.memory,
         "confined": limits.confined,
         "readable": readable(),
     }
+    if path.is_symlink() or path.stat().st_size > LARGEST:
+        return f"not graded: a link, or larger than {LARGEST / 1e6:.0f} MB"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         furnish(home)
-        shutil.copyfile(path, home / f"{sheet}.ipynb")
+        try:
+            shutil.copyfile(path, home / f"{sheet}.ipynb")
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
         receive, send = os.pipe()
-        process = subprocess.Popen(
+        process = ward.start(
             [sys.executable, str(HERE / "confined.py"), str(send)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -231,14 +291,13 @@ def graded_apart(
             pass_fds=[send],
             start_new_session=True,
         )
-        running.add(process.pid)
         os.close(send)
         try:
-            with process.stdin as words:
+            with contextlib.suppress(BrokenPipeError), process.stdin as words:
                 words.write(json.dumps(task).encode())
             ended = watch(process, limits)
         finally:
-            end_all(process, running)
+            ward.end(process)
         with os.fdopen(receive, "rb") as line:
             answer = line.read(1 << 20)
     if ended:
@@ -309,30 +368,10 @@ def memory_of(process: psutil.Process) -> int:
         return 0
 
 
-def end_all(process: subprocess.Popen, running: set[int]) -> None:
-    """End a submission's processes, those too that have left its family."""
-    for member in family(process.pid):
-        end(member)
-    process.wait()
-    running.discard(process.pid)
-    # Who has lost every parent is a child of ours now, though we did not start it.
-    while strays := [p for p in psutil.Process().children() if p.pid not in running]:
-        for stray in strays:
-            for member in family(stray.pid):
-                end(member)
-            with_patience(stray)
-
-
-def end(process: psutil.Process) -> None:
+def kill(process: psutil.Process) -> None:
     """Kill a process, unless it is gone."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
-
-
-def with_patience(process: psutil.Process) -> None:
-    """Wait a moment until a killed process is gone."""
-    with contextlib.suppress(psutil.TimeoutExpired):
-        process.wait(1)
 
 
 def rows(name: str, found: object, possible: dict[str, float]) -> list[tuple]:
