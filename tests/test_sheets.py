@@ -75,13 +75,17 @@ def with_answer(parts, question, old, new):
 
 @pytest.fixture
 def trained_once(monkeypatch):
-    """The same run is not trained twice."""
+    """The same run is not trained twice; its events are told again."""
     kept, run = {}, experiments.run
 
-    def again(spec, device):
+    def again(spec, device, progress=lambda event: None):
         if spec not in kept:
-            kept[spec] = run(spec, device)
-        return copy.deepcopy(kept[spec])
+            events = []
+            kept[spec] = run(spec, device, progress=events.append), events
+        record, events = kept[spec]
+        for event in events:
+            progress(event)
+        return copy.deepcopy(record)
 
     monkeypatch.setattr(experiments, "run", again)
 
