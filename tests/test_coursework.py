@@ -129,10 +129,11 @@ def test_what_students_hand_in(graded, small, tmp_path):
         renamed=answers(first="def double(x):\n    return 2 * x", second="number = 8"),
         deleted=[answers()[1], answers()[3]],
         overwritten=[*answers(), ("code", "def twice(x):\n    return x")],
+        merged=[("code", "\n".join(text for _, text in answers()))],
         endless=answers(first="while True:\n    pass"),
     )
     full = {"q1": 3.0, "q2": 2.0, "sheet": 5.0}
-    for name in ("deleted", "overwritten", "deep/solutions"):
+    for name in ("deleted", "overwritten", "merged", "deep/solutions"):
         assert points(found, name) == full, name
         assert not found.loc[name]["message"].any(), name
     assert points(found, "deep/students") == {"q1": 0.0, "q2": 0.0, "sheet": 0.0}

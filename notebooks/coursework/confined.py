@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-CHECK = re.compile(r"""grader\.check\(\s*["'](\w+)["']\s*\)""")
+CHECK = re.compile(r"""(?m)^\s*grader\.check\(\s*["'](\w+)["']\s*\).*$""")
 LOUD = 10_000_000  # characters of output that are worth a word to the teacher
 
 # What Python, torch and Jupyter read beside their own files. Not all of /proc: root may
@@ -70,12 +70,10 @@ class Checks:
         for cell in notebook.cells:
             if cell.cell_type != "code":
                 continue
-            found = CHECK.search(cell.source)
-            name = found[1] if found else None
-            if name in waiting:
-                cells.append((name, test_cell(name, waiting.pop(name))))
-            elif found is None:
-                cells.append((None, cell.source))
+            cells.append((None, CHECK.sub("", cell.source)))
+            for name in CHECK.findall(cell.source):
+                if name in waiting:
+                    cells.append((name, test_cell(name, waiting.pop(name))))
         cells += [(name, test_cell(name, source)) for name, source in waiting.items()]
         self.questions = [name for name, _ in cells]
         notebook.cells = [nbformat.v4.new_code_cell(source) for _, source in cells]
