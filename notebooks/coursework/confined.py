@@ -34,14 +34,15 @@ SYSTEM = (
 )  # fmt: skip
 
 # The seconds of computing that a cell may take, so that an endless loop loses its own
-# question only, on a busy machine too. A loop in C, one that catches everything, and
-# one that only waits meet the limit of the whole sheet.
+# question only, on a busy machine too; the tests that go into the same loop after that
+# get 5 each. A loop in C, one that catches everything, and one that only waits meet the
+# limit of the whole sheet.
 ALARM = """
 import signal as _signal
 def _late(number, frame):
     raise TimeoutError("this cell took more than {seconds:.0f} s")
 _signal.signal(_signal.SIGPROF, _late)
-_start = lambda *_: _signal.setitimer(_signal.ITIMER_PROF, {seconds})
+_start = lambda *_: _signal.setitimer(_signal.ITIMER_PROF, {seconds}, 5)
 _stop = lambda *_: _signal.setitimer(_signal.ITIMER_PROF, 0)
 get_ipython().events.register("pre_run_cell", _start)
 get_ipython().events.register("post_run_cell", _stop)

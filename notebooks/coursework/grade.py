@@ -54,7 +54,7 @@ class Limits:
     """
 
     seconds: float = 300.0
-    cell: float = 100.0
+    cell: float = 60.0
     memory: int = 4 << 30
     confined: bool = True
 
@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser().parse_args(words)
     limits = Limits(
         60 * given.minutes,
-        20 * given.minutes,
+        12 * given.minutes,
         int(given.memory * (1 << 30)),
         not given.trust,
     )
