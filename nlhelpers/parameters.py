@@ -2,7 +2,7 @@
 
 papermill only warns when a parameter has a name that the notebook does not know, and
 runs the notebook with its default. Here such a name, or a bad value, stops the notebook
-in its second cell.
+in the cell after its parameters.
 """
 
 import ast

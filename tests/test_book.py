@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import nbformat
@@ -189,15 +188,6 @@ def test_the_table_of_contents_names_every_page_and_no_other():
     prose = {f"book/{path.stem}" for path in (TOP / "book").glob("*.md")}
     chapters = {f"notebooks/{path.stem}" for path in NOTEBOOKS}
     assert listed == prose | chapters | {"book/api", "book/status"}
-
-
-def test_the_projects_address_is_the_same_everywhere():
-    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-    address = project["urls"]["Repository"]
-    config = yaml.safe_load((TOP / "_config.yml").read_text())
-    assert config["repository"]["url"] == address
-    for name in ("notebooks/coursework/requirements.txt", "book/students.md"):
-        assert re.findall(r"git\+(\S+)", (TOP / name).read_text()) == [address]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Every notebook under papermill, as the README says, with good and bad parameters."""
 
 import builtins
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
 from nlhelpers import records
@@ -73,6 +75,13 @@ def repository():
     """Where the project says that it lives."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
     return project["urls"]["Repository"]
+
+
+def test_the_projects_address_is_the_same_everywhere():
+    config = yaml.safe_load((TOP / "_config.yml").read_text())
+    assert config["repository"]["url"] == repository()
+    for name in ("notebooks/coursework/requirements.txt", "book/students.md"):
+        assert re.findall(r"git\+(\S+)", (TOP / name).read_text()) == [repository()]
 
 
 PHOTOGRAPHS = {

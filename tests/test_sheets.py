@@ -16,10 +16,10 @@ from otter.test_files.exception_test import ExceptionTestFile
 
 import assign
 import grade
+from confined import CHECK
 from nlhelpers import experiments
 from wrong_answers import WRONG
 
-CHECK = re.compile(r"grader\.check\(\"(\w+)\"\)")
 each_sheet = pytest.mark.parametrize("sheet", assign.sheets())
 
 
