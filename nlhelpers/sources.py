@@ -139,9 +139,8 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
         name = qualified(thing)
         if name in found or name in left_out or not in_package(thing.__module__):
             continue
-        source = textwrap.dedent(inspect.getsource(thing))
-        found[name] = code(source)
-        for constant, value in named(source, sys.modules[thing.__module__]):
+        found[name], references = parsed(thing)
+        for constant, value in named(references, sys.modules[thing.__module__]):
             if inspect.isfunction(inspect.unwrap(value)) or inspect.isclass(value):
                 todo.append(value)
             elif (data := as_json(value)) is not None:
@@ -149,20 +148,33 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
     return found
 
 
-def named(source: str, module: ModuleType) -> Iterator[tuple[str, object]]:
-    """Names that a source looks up in its module, with what they stand for.
-
-    Of `a.b`, where `a` is a module of the package, that is `b`.
-    """
-    known = {name: vars(module)[name] for name in looked_up(source) & set(vars(module))}
+@cache  # the runs of a grid share most of their code
+def parsed(thing: object) -> tuple[str, list[tuple[str, str | None]]]:
+    """A function's or class's code, and the `a` and `a.b` that it looks up as pairs."""
+    source = textwrap.dedent(inspect.getsource(thing))
+    known = looked_up(source)
+    references: dict[tuple[str, str | None], None] = {}  # a set that keeps its order
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Name(id=name) if name in known:
-                yield name, known[name]
-            case ast.Attribute(value=ast.Name(id=base), attr=name):
-                owner = known.get(base)
-                if inspect.ismodule(owner) and in_package(owner.__name__):
-                    yield name, getattr(owner, name)
+                references[name, None] = None
+            case ast.Attribute(value=ast.Name(id=base), attr=name) if base in known:
+                references[base, name] = None
+    return code(source), list(references)
+
+
+def named(
+    references: Iterable[tuple[str, str | None]], module: ModuleType
+) -> Iterator[tuple[str, object]]:
+    """What references stand for; of `a.b`, if `a` is a module of the package, `b`."""
+    for base, name in references:
+        if base not in vars(module):
+            continue
+        value = vars(module)[base]
+        if name is None:
+            yield base, value
+        elif inspect.ismodule(value) and in_package(value.__name__):
+            yield name, getattr(value, name)
 
 
 def looked_up(source: str) -> set[str]:
