@@ -105,23 +105,14 @@ def test_self_learning_runs_on_photographs(dataset, papermill, tmp_path, monkeyp
     assert all(record["spec"]["settings"]["start_pretrained"] for record in stored)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("record_file", "x", "unknown parameter 'record_file'; did you mean 'records_"),
-        ("noise_rate", "1.4", "noise_rate is 1.4; it is the probability"),
-    ],
-)
-def test_bad_parameters_stop_papermill(name, value, message, papermill, tmp_path):
-    if not NOTEBOOKS:
-        pytest.skip("there are no notebooks")
-    done = papermill(NOTEBOOKS[0], "-p", name, value)
+def test_a_bad_parameter_stops_papermill(papermill, tmp_path):
+    done = papermill(NOTEBOOKS[0], "-p", "record_file", "x")
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "unknown parameter 'record_file'; did you mean 'records_" in done.stderr
     assert records.read(tmp_path / "runs.jsonl") == []
 
 
-# The same for every notebook, without the seconds that a kernel takes to start.
+# More of them, for every notebook, without the seconds that a kernel takes to start.
 
 
 @pytest.fixture
