@@ -410,7 +410,7 @@ def test_the_chapter_runs_on_it(root, papermill):
     """The one line of whoever owns the data, with a small network in few epochs."""
     chapter = Path(__file__).parent.parent / "notebooks" / "noise_model.ipynb"
     values = {"dataset": "clothing1m", "noise": "crawled", "noise_rate": "None"}
-    values |= {"num_clean": "34", "model": "resnet14"}
+    values |= {"num_clean": "34", "model": "caffe-quick"}
     options = [w for name, value in values.items() for w in ("-p", name, value)]
     done = papermill(chapter, *options, "-y", "{methods: [noise-model]}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -264,10 +264,10 @@ def test_limits_hold_whatever_a_submission_catches(graded, tmp_path):
         "        x = bytearray(b'1') * 2**28\n        time.sleep(60)\ntime.sleep(60)"
     )
     started = time.monotonic()
-    found = graded(replace(LIMITS, seconds=20), stubborn=answers(first=stubborn))
+    found = graded(replace(LIMITS, seconds=8), stubborn=answers(first=stubborn))
     assert time.monotonic() - started < 60
     assert points(found, "stubborn") == {"sheet": 0.0}
-    assert "stopped after 20 s" in found.loc["stubborn", "sheet"]["message"]
+    assert "stopped after 8 s" in found.loc["stubborn", "sheet"]["message"]
     (tmp_path / "in" / "stubborn.ipynb").unlink()
     found = graded(replace(LIMITS, memory=1 << 30), many=answers(first=many))
     assert points(found, "many") == {"sheet": 0.0}
