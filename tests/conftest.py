@@ -19,11 +19,6 @@ TOP = Path(__file__).resolve().parent.parent
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
-def pytest_xdist_auto_num_workers():
-    """One more than cores: a test of a notebook waits while its kernel starts."""
-    return os.cpu_count() + 1
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Only this machine can be reached: a test that downloads something fails."""
