@@ -121,7 +121,7 @@ class Players(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 to logits (N, 2): D says 0 for P and 1 for N."""
-        logits = self.D(to_unit(images))
+        logits = self.D(to_unit(images)).float()
         return torch.stack([torch.zeros_like(logits), logits], dim=1)
 
     @torch.no_grad()

@@ -322,7 +322,12 @@ def test_D_plays_alone_before_it_is_asked(
     assert answers.max() <= 1
 
 
-def test_a_blank_discriminator_stops_the_run(task, make_setup, seeded):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_blank_discriminator_stops_the_run(
+    bf16, task, make_setup, seeded, monkeypatch
+):
+    """Answers rounded to a few values must not look like that many modes."""
+    monkeypatch.setattr(training, "cpu_has_bf16", lambda: bf16)
     with pytest.raises(OneModeError):
         run(task, make_setup(learning_rate=0.0), warm_up=0.5)
 

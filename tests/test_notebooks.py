@@ -159,7 +159,7 @@ BAD = [
     ("device", "gpu", "device is 'gpu'"),
     ("dataset", "cifar-10", "did you mean 'cifar10'"),
     ("noise", "symetric", "did you mean 'symmetric'"),
-    ("noise_rate", 1.4, "noise_rate is 1.4"),
+    ("noise_rate", 1.4, "noise_rate is 1.4; it is the probability"),
     ("noise_rate", "0.4", "noise_rate is '0.4'"),
     ("methods", ["two-stag"], "did you mean 'two-stage'"),
     ("methods", "two-stage", "must be a list"),

@@ -105,19 +105,19 @@ def test_outputs_are_normalised_without_a_softmax(prepared, make_setup, seeded):
     )
 
 
-def last_accuracy(method):
-    """After the last epoch, with 20 % symmetric noise."""
-    spec = Spec(method, "digits", "symmetric", 0.2)
-    return experiments.run(spec, torch.device("cpu"))["last_accuracy"]
+def mean_accuracy(method):
+    """After the last epoch, with 20 % symmetric noise, over two seeds."""
+    specs = [Spec(method, "digits", "symmetric", 0.2, seed=seed) for seed in (0, 1)]
+    device = torch.device("cpu")
+    return sum(experiments.run(spec, device)["last_accuracy"] for spec in specs) / 2
 
 
 @pytest.fixture(scope="module")
 def cross_entropy():
-    return last_accuracy("cross-entropy")
+    return mean_accuracy("cross-entropy")
 
 
 @pytest.mark.parametrize("name", [*NAMES, "forward", "backward"])
 def test_at_least_as_good_as_cross_entropy(name, cross_entropy):
-    """To within two standard errors of 360 test images."""
-    error = (cross_entropy * (1 - cross_entropy) / 360) ** 0.5
-    assert last_accuracy(name) > cross_entropy - 2 * error
+    """To within the standard error of 360 test images, about a point."""
+    assert mean_accuracy(name) > cross_entropy - 0.01
