@@ -6,6 +6,10 @@ BIN := .venv/bin
 # The stamp's name carries a checksum of pyproject.toml: new content, new install.
 ENV := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
 
+# Every notebook and many tests start a Python of their own; where this is set, as in many
+# containers, each would compile all of torch again, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help env book test coursework grade lint bench clean
 
