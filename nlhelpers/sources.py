@@ -149,18 +149,18 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
 
 
 @cache  # the runs of a grid share most of their code
-def parsed(thing: object) -> tuple[str, list[tuple[str, str | None]]]:
+def parsed(thing: object) -> tuple[str, set[tuple[str, str | None]]]:
     """A function's or class's code, and the `a` and `a.b` that it looks up as pairs."""
     source = textwrap.dedent(inspect.getsource(thing))
     known = looked_up(source)
-    references: dict[tuple[str, str | None], None] = {}  # a set that keeps its order
+    references: set[tuple[str, str | None]] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Name(id=name) if name in known:
-                references[name, None] = None
+                references.add((name, None))
             case ast.Attribute(value=ast.Name(id=base), attr=name) if base in known:
-                references[base, name] = None
-    return code(source), list(references)
+                references.add((base, name))
+    return code(source), references
 
 
 def named(
