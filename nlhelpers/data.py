@@ -79,7 +79,8 @@ class NoisyData:
             validates on labels checked by hand.
         num_classes: K.
         clean_images: (M, C, H, W) uint8, the paper's small clean set; M may be 0.
-        clean_labels: (M,) int64, checked by hand, so true.
+        clean_labels: (M,) int64, checked by hand, so true; UNKNOWN where the given one
+            was found wrong, for methods that learn from `verdicts` (`Method`) only.
         clean_given_labels: (M,) int64, what was given before they were checked;
             UNKNOWN where nothing was.
     """

@@ -142,7 +142,11 @@ def both_labels(
 def published(
     spec: Spec, device: torch.device, *, clean_val: bool = True
 ) -> tuple[NoisyData, Truth]:
-    """Data that come divided, with as many clean images as the spec allows."""
+    """Data that come divided, with as many clean images as the spec allows.
+
+    Clean images of which nobody knows more than that their label is wrong are for
+    methods that learn from `verdicts`.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
     seen, truth = PUBLISHED[spec.dataset].load(
         generator,
@@ -152,6 +156,8 @@ def published(
         clean_val=clean_val,
     )
     chosen = torch.randperm(len(seen.clean_labels), generator=generator)
+    if not METHODS[spec.method].verdicts:
+        chosen = chosen[seen.clean_labels[chosen] != datasets.UNKNOWN]
     chosen = chosen[: spec.num_clean].sort().values
     clean = ("clean_images", "clean_labels", "clean_given_labels")
     fewer = {name: getattr(seen, name)[chosen] for name in clean}

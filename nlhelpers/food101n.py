@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from nlhelpers import crawled
 from nlhelpers.crawled import Part
@@ -45,9 +45,10 @@ def load(
     """Food-101N as Lee et al. (2018) divide it, and the test set of Food-101.
 
     Trained on is the whole list, less the images verified for validation. The clean
-    set are those verified for training whose label is right; they stay in the training
-    set too. Validated is on those verified for validation whose label is right. A label
-    that was found right is both the given and the true one.
+    set are those verified for training; they stay in the training set too. Validated is
+    on those verified for validation whose label is right. A label that was found right
+    is both the given and the true one; where it was found wrong, the true one is
+    UNKNOWN.
 
     All images are looked at first. If a few are missing or damaged, the rest is used,
     and one warning tells of them. So it is with verified images that are not listed.
@@ -77,11 +78,16 @@ def load(
     names = [IMAGES + key for key in listed]
     every = as_part(ImageFiles(root, names, size, crop_to), listed.values())
     place = {key: number for number, key in enumerate(listed)}
+    divided = divide(listed, verified)
     parts = {
         name: every[torch.tensor([place[key] for key in keys], dtype=torch.int64)]
-        for name, keys in divide(listed, verified).items()
+        for name, keys in divided.items()
     }
-    parts[NOISY] = without_truth(parts[NOISY])
+    right = torch.tensor([verified[CLEAN][key] for key in divided[CLEAN]])
+    parts[CLEAN] = true_only_where(right, parts[CLEAN])
+    # Were those of the noisy images known that were verified right, and no others, the
+    # noise would look absent.
+    parts[NOISY] = true_only_where(torch.tensor(False), parts[NOISY])
     tested = read_labels(root / TEST, classes)
     names = [f"{TEST_IMAGES}{key}.jpg" for key in tested]
     parts[TEST] = as_part(ImageFiles(root, names, size, crop_to), tested.values())
@@ -214,14 +220,13 @@ def divide(
 
     What was verified for validation is in no other part, be its label right or wrong.
     """
-    right = {
-        name: [key for key, is_right in verdicts.items() if is_right and key in listed]
-        for name, verdicts in verified.items()
-    }
+    train = [key for key in listed if key not in verified[VAL]]
+    checked = [key for key in verified[CLEAN] if key in listed]
+    right = [key for key, is_right in verified[VAL].items() if is_right]
     return {
-        NOISY: [key for key in listed if key not in verified[VAL]],
-        CLEAN: [key for key in right[CLEAN] if key not in verified[VAL]],
-        VAL: right[VAL],
+        NOISY: train,
+        CLEAN: [key for key in checked if key not in verified[VAL]],
+        VAL: [key for key in right if key in listed],
     }
 
 
@@ -231,8 +236,6 @@ def as_part(images: ImageFiles, labels: Iterable[int]) -> Part:
     return Part(images, given=labels, true=labels, index=torch.arange(len(labels)))
 
 
-def without_truth(part: Part) -> Part:
-    """Training images, of which none has a true label."""
-    # Of an image that was verified wrong, the true class is not known. If those that
-    # were verified right counted alone, the noise would look absent.
-    return dataclasses.replace(part, true=torch.full_like(part.true, UNKNOWN))
+def true_only_where(known: Tensor, part: Part) -> Part:
+    """A part whose true labels are UNKNOWN but where `known`, (N,) or () bool, says."""
+    return dataclasses.replace(part, true=part.true.where(known, UNKNOWN))

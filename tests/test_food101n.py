@@ -22,6 +22,7 @@ from nlhelpers.food101n import (
     TEST_IMAGES,
     VAL,
 )
+from nlhelpers.methods import clean_net
 from nlhelpers.specs import Spec
 from photographs import SIZE, copy, edit, write, write_image
 
@@ -38,7 +39,7 @@ NAMES = [f"dish_{100 - label:03}" for label in range(101)]  # sorting would turn
 LABEL, RIGHT = (lambda k: k * 7 % 101), (lambda k: k % 5 != 0)
 
 TRAIN = [k for k in LISTED if k not in VERIFIED[VAL]]
-ALL = 220 + 96 + 16 + 16  # images in the four parts: three of them are not 1 %
+ALL = 220 + 120 + 16 + 16  # images in the four parts: three of them are not 1 %
 
 
 def key(k):
@@ -107,7 +108,7 @@ def test_the_protocol(pristine):
     seen, truth = load(root=pristine)
     assert seen.num_classes == 101
     assert numbers(seen.images) == TRAIN
-    assert numbers(seen.clean_images) == right(CLEAN)
+    assert numbers(seen.clean_images) == list(VERIFIED[CLEAN])
     assert numbers(seen.val_images) == right(VAL)
     assert numbers(truth.test_images) == list(TESTED)
     assert truth.index.tolist() == TRAIN  # in the whole list
@@ -119,7 +120,7 @@ def test_the_protocol(pristine):
 def test_every_label_is_that_of_its_key(pristine):
     seen, truth = load(root=pristine)
     assert seen.labels.tolist() == labels(seen.images)
-    assert seen.clean_labels.tolist() == labels(seen.clean_images)
+    assert seen.clean_given_labels.tolist() == labels(seen.clean_images)
     assert seen.val_labels.tolist() == labels(seen.val_images)
     assert truth.val_labels.tolist() == labels(seen.val_images)
     assert truth.test_labels.tolist() == labels(truth.test_images)
@@ -130,7 +131,11 @@ def test_every_label_is_that_of_its_key(pristine):
 def test_a_label_that_was_found_right_is_both_given_and_true(pristine):
     seen, _ = load(root=pristine)
     as_given, _ = load(root=pristine, clean_val=False)
-    assert seen.clean_given_labels.tolist() == seen.clean_labels.tolist()
+    is_right = torch.tensor([RIGHT(k) for k in VERIFIED[CLEAN]])
+    assert not is_right.all()
+    assert torch.equal(
+        seen.clean_labels, seen.clean_given_labels.where(is_right, UNKNOWN)
+    )
     assert seen.val_labels.tolist() == as_given.val_labels.tolist()
 
 
@@ -202,7 +207,9 @@ def test_limit(pristine):
     assert drawn == sorted(set(drawn)) != TRAIN[:20]
     assert truth.index.tolist() == drawn
     assert seen.labels.tolist() == labels(seen.images)
-    assert seen.clean_labels.tolist() == labels(seen.clean_images)
+    assert seen.clean_given_labels.tolist() == labels(seen.clean_images)
+    wrong = [not RIGHT(k) for k in numbers(seen.clean_images)]
+    assert (seen.clean_labels == UNKNOWN).tolist() == wrong
     assert truth.labels.tolist() == [UNKNOWN] * 20
 
 
@@ -355,7 +362,7 @@ def test_a_verified_key_that_is_not_listed(root):
         "the run goes on without them"
     )
     assert Path(caught[0].filename) == Path(__file__)
-    assert numbers(seen.clean_images) == right(CLEAN)
+    assert numbers(seen.clean_images) == list(VERIFIED[CLEAN])
 
 
 @pytest.mark.parametrize(("name", "extra"), [(CLEAN, 2), (VAL, 1)])
@@ -428,9 +435,42 @@ def test_as_many_clean_images_as_the_spec_allows(root, cpu):
     seen, _ = experiments.data_for(spec, cpu)
     assert len(seen.clean_images) == len(seen.clean_labels) == 20
     assert seen.clean_labels.tolist() == labels(seen.clean_images)
+    assert set(numbers(seen.clean_images)) < set(right(CLEAN))
     assert seen.images.size == 36  # for windows that move by 2 pixels
     given = experiments.given_val_labels(spec, cpu)
     assert given.tolist() == seen.val_labels.tolist()
+
+
+@pytest.mark.parametrize("method", ["clean-net-hard", "clean-net-soft"])
+def test_clean_net_is_shown_labels_that_were_found_wrong(root, cpu, method):
+    every = len(VERIFIED[CLEAN])
+    for asked in (20, every, 52_868):
+        spec = Spec(method, **SMALL, num_clean=asked)
+        seen, _ = experiments.data_for(spec, cpu)
+        assert len(seen.clean_images) == min(asked, every)
+        wrong = [not RIGHT(k) for k in numbers(seen.clean_images)]
+        assert (seen.clean_labels == UNKNOWN).tolist() == wrong
+        assert any(wrong)
+        assert seen.clean_given_labels.tolist() == labels(seen.clean_images)
+
+
+def test_clean_net_runs_and_tunes_on_right_labels(root, cpu, monkeypatch):
+    monkeypatch.setitem(profiles.PIXELS, "resnet14", 8)
+    tuned = []
+
+    def train_on_clean_set(network, data, setup):
+        tuned.append(numbers(data.clean_images))
+        assert data.clean_labels.tolist() == labels(data.clean_images)
+        yield from ()
+
+    monkeypatch.setattr(clean_net, "train_on_clean_set", train_on_clean_set)
+    settings = {"num_references": 2, "finetune": True}
+    every = len(VERIFIED[CLEAN])
+    record = experiments.run(
+        Spec("clean-net-soft", **SMALL, num_clean=every, settings=settings), cpu
+    )
+    assert 0 <= record["last_accuracy"] <= 1
+    assert tuned == [right(CLEAN)]
 
 
 def test_the_command_line_needs_no_name_for_the_noise(root, tmp_path, monkeypatch):

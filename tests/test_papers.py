@@ -296,6 +296,9 @@ def test_han_tables_3_to_5():
         "CleanNet, soft": 83.95,
         "ours": 85.11,
     }
+    for kind in ("hard", "soft"):  # https://kuanghuei.github.io/Food-101N/
+        spec = cells("han2019-table5")[f"CleanNet, {kind}", "Food-101N"].spec
+        assert (spec.method, spec.num_clean) == (f"clean-net-{kind}", 52_868)
 
 
 def test_the_default_run_is_the_same_in_every_table_of_han():

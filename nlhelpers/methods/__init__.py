@@ -44,6 +44,8 @@ class Method:
         trainings: how many times it takes the recipe's epochs, for progress bars.
         clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
+        verdicts: whether it learns from a clean image too of which nobody knows more
+            than that its label is wrong.
         clean_trainings: how many `trainings` more it takes if it has a clean set.
         two_classes: whether it is for tasks of two classes only.
         more_trainings: settings that add `trainings`, and how many each by its value.
@@ -54,6 +56,7 @@ class Method:
     trainings: float = 1
     clean_set: str = "unused"
     clean_validation: bool = False
+    verdicts: bool = False
     clean_trainings: float = 0
     two_classes: bool = False
     more_trainings: Mapping[str, float] = field(default_factory=dict)
@@ -175,10 +178,20 @@ METHODS = {
     ),
     "mlnt": Method(mlnt.mlnt, "MLNT, teacher", trainings=2, more_trainings=STARTED),
     "clean-net-hard": Method(
-        clean_net.clean_net_hard, "CleanNet, hard", 3, "needed", more_trainings=TUNED
+        clean_net.clean_net_hard,
+        "CleanNet, hard",
+        3,
+        "needed",
+        verdicts=True,
+        more_trainings=TUNED,
     ),
     "clean-net-soft": Method(
-        clean_net.clean_net_soft, "CleanNet, soft", 3, "needed", more_trainings=TUNED
+        clean_net.clean_net_soft,
+        "CleanNet, soft",
+        3,
+        "needed",
+        verdicts=True,
+        more_trainings=TUNED,
     ),
     # Chiaroni et al. (2019)
     "nl-gan": Method(

@@ -44,7 +44,8 @@ def clean_net_hard(
 
     Args:
         data: images with noisy labels, and a clean set of which it is known what was
-            given before.
+            given before. Where that is known to be wrong and nothing else is, the clean
+            label is UNKNOWN.
         setup: network and recipe.
         num_references: reference features of a class.
         margin: as in `relevance.Rule`, like the next two.
@@ -98,7 +99,8 @@ def clean_net(
 
     The paper says that the two may take turns; here they do so once. Verified images
     belong to the noisy ones, with the label that was given: a network that never
-    trained on the wrong labels among them would give these images other features.
+    trained on the wrong labels among them would give these images other features. Those
+    that are among the noisy ones already, as of Food-101N, so count twice.
     """
     verified = data.clean_given_labels != UNKNOWN
     y = torch.cat([data.clean_given_labels[verified], data.labels])
@@ -118,7 +120,14 @@ def clean_net(
     slower = replace(setup, recipe=recipe)
     yield from train(network, images, y, w, data, slower, "weighted labels")
     if finetune:
-        yield from train_on_clean_set(network, data, setup)
+        yield from train_on_clean_set(network, with_truth(data), setup)
+
+
+def with_truth(data: NoisyData) -> NoisyData:
+    """The data less the clean images of which no true label is known."""
+    known = data.clean_labels != UNKNOWN
+    clean = ("clean_images", "clean_labels", "clean_given_labels")
+    return replace(data, **{name: getattr(data, name)[known] for name in clean})
 
 
 def train(

@@ -165,7 +165,8 @@ def forward(
     """The student's logits, and what the cross-entropy of labels has as its gradient.
 
     All sets of labels share one pass forward. The gradients are constants, so that of J
-    is of first order, as it is in the paper.
+    is of first order. The authors' code sets out to do the same, but what it detaches
+    are copies, so that its gradient of J keeps the term of second order.
     """
     logits, pullback = vjp(lambda w: functional_call(student, w, (images,)), theta)
 
@@ -181,8 +182,9 @@ def forward(
 class StudentAndTeacher(nn.Module):
     """The student in training, the teacher in evaluation.
 
-    The student does without running statistics of batch norm, which only evaluation
-    needs and which trial steps would spoil; the teacher has its own.
+    The authors' teacher is in training too while it teaches. The student does without
+    running statistics of batch norm, which only evaluation needs and which trial steps
+    would spoil; the teacher has its own.
     """
 
     def __init__(self, network: Network, ramp: float, memory: float) -> None:

@@ -170,10 +170,7 @@ TABLE4 = Table(
     ),
 )
 
-ONLY_RIGHT = (
-    "CleanNet learns from labels verified as wrong too; our reader of Food-101N keeps "
-    "those verified as right"
-)
+VERIFIED = 52_868  # images of Food-101N with a verification label, all for training
 TABLE5 = Table(
     "han2019",
     "Table 5",
@@ -190,8 +187,21 @@ TABLE5 = Table(
                 settings=PLAIN | PRETRAINED,
             ),
         ),
-        Cell("CleanNet, hard", "Food-101N", 83.47, note=ONLY_RIGHT),
-        Cell("CleanNet, soft", "Food-101N", 83.95, note=ONLY_RIGHT),
+        *(
+            Cell(
+                f"CleanNet, {kind}",
+                "Food-101N",
+                value,
+                spec=Spec(
+                    f"clean-net-{kind}",
+                    **FOOD101N,
+                    profile="paper",
+                    num_clean=VERIFIED,
+                    settings=PRETRAINED,
+                ),
+            )
+            for kind, value in (("hard", 83.47), ("soft", 83.95))
+        ),
         Cell(
             "ours",
             "Food-101N",
