@@ -10,10 +10,10 @@ import types
 import pytest
 import torch
 
-from nlhelpers import evaluation, experiments, losses, models, training
+from nlhelpers import evaluation, experiments, losses, models, relevance, training
 from nlhelpers.data import NoisyData, Truth
 from nlhelpers.grids import expected_epochs
-from nlhelpers.methods import METHODS, two_stage
+from nlhelpers.methods import METHODS, nl_gan, noise_model, two_stage
 from nlhelpers.methods.two_stage import Balance, Pi, TemporalEnsemble, likely_correct
 from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Screening
@@ -528,6 +528,56 @@ def test_every_step_is_one_graph_with_the_same_losses(run, cpu, monkeypatch):
     compiled = experiments.run(spec_of(run), cpu)
     assert compiled["history"]["loss"] == pytest.approx(plain["history"]["loss"])
     assert compiled["history"]["test_accuracy"] == plain["history"]["test_accuracy"]
+
+
+# What is made on the CPU and then moved, or looked at there.
+MADE_HERE = (
+    (models, "build"),
+    (nl_gan.Players, "__init__"),
+    (relevance.CleanNet, "__init__"),
+    (noise_model, "label_model"),
+)
+TURNING = pytest.mark.xfail(
+    strict=True, reason="how images were turned is written down on the CPU, then moved"
+)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(r, marks=[TURNING] * ("pretrained" in r)) for r in RUNS],
+)
+def test_whatever_a_method_makes_is_on_the_device_of_its_data(run, cpu, monkeypatch):
+    """As if the CPU were a GPU: what is made on the default device is without values.
+
+    An operation on both fails, and so does a look at what came of it.
+    """
+
+    def here(make):
+        @functools.wraps(make)
+        def made(*given, **options):
+            with cpu:
+                return make(*given, **options)
+
+        return made
+
+    method = METHODS[spec_of(run).method]
+
+    @functools.wraps(method.run)
+    def elsewhere(*given, **settings):
+        events, ended = method.run(*given, **settings), object()
+        while True:
+            with torch.device("meta"):
+                event = next(events, ended)
+            if event is ended:
+                return
+            yield event
+
+    for owner, name in MADE_HERE:
+        monkeypatch.setattr(owner, name, here(getattr(owner, name)))
+    moved = dataclasses.replace(method, run=elsewhere)
+    monkeypatch.setitem(METHODS, spec_of(run).method, moved)
+    record = experiments.run(spec_of(run), cpu)
+    assert all(map(math.isfinite, record["history"]["loss"]))
 
 
 @pytest.mark.parametrize("run", RUNS)
