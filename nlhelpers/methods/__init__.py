@@ -14,6 +14,7 @@ from nlhelpers.methods import (
     clean_net,
     clean_only,
     co_teaching,
+    confident_learning,
     cross_entropy,
     divide_mix,
     early_learning,
@@ -119,6 +120,10 @@ METHODS = {
     ),
     "early-learning": Method(
         early_learning.early_learning, "early-learning regularisation"
+    ),
+    # Held-out networks
+    "confident-learning": Method(
+        confident_learning.confident_learning, "confident learning", trainings=5
     ),
     # Two networks
     "co-teaching": Method(co_teaching.co_teaching, "co-teaching"),

@@ -1,0 +1,210 @@
+"""Confident learning (Northcutt, Jiang and Chuang 2021): count, rank and prune.
+
+Networks that never saw an image say how probable each class is. An image counts for a
+class if it is at least as probable as it is on average among those labelled so. How
+often that class is another one than the label says how many labels are wrong, and which
+way; so many are left out, the least probable first, and a fresh network is trained on
+the rest. With two classes it is Rank Pruning in another form (`rank_pruning`).
+
+Symbols: y_noisy, y_true = the label as given and the true one (in the paper y with a
+tilde and with a star); p_hat = held-out probabilities; t = thresholds; C = confident
+joint, Q = joint distribution of y_noisy (rows) and y_true (columns).
+"""
+
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from nlhelpers import training
+from nlhelpers.data import NoisyData
+from nlhelpers.methods.rank_pruning import draw_seed, fit_on
+from nlhelpers.training import Auxiliary, Event, Screening, Setup, Transition
+
+
+def confident_learning(
+    data: NoisyData, setup: Setup, *, folds: int = 4, prune_by: str = "noise-rate"
+) -> Iterator[Event]:
+    """Predict held-out images, prune their labels, train on the others.
+
+    Args:
+        data: images with noisy labels.
+        setup: network and recipe, the same for every training.
+        folds: networks that predict, each what it was not trained on.
+        prune_by: which labels go, one of RULES.
+
+    Raises:
+        ValueError: if a class has too few labels for the folds, or would keep none.
+    """
+    check(data, folds, prune_by)
+    y_noisy = data.labels
+    p_hat = yield from held_out(data, setup, folds)
+    Q = joint(confident_joint(p_hat, y_noisy), y_noisy)
+    kept = ~doubted(p_hat, y_noisy, Q, prune_by)
+    check_kept(kept, y_noisy, Q)
+    yield Transition(transition(Q))
+    yield Screening(kept)
+    weight = weights(Q).to(y_noisy.device)[y_noisy].float()
+    # With a mean of 1 the learning rate means what it does in every other method.
+    weight /= weight[kept].mean()
+    model, index = setup.build(data), kept.nonzero().squeeze(1)
+    yield from fit_on(index, weight, model, data, setup, "training")
+
+
+def held_out(
+    data: NoisyData, setup: Setup, folds: int
+) -> Generator[Auxiliary, None, Tensor]:
+    """Train a network without each fold in turn, and let it predict that fold.
+
+    Returns:
+        p_hat (N, K) float64, on the CPU.
+    """
+    device, y_noisy = data.labels.device, data.labels.cpu().numpy()
+    p_hat = np.empty((len(y_noisy), data.num_classes))
+    cut = StratifiedKFold(folds, shuffle=True, random_state=draw_seed(setup))
+    alike = torch.ones(len(y_noisy), device=device)
+    for number, (train, held) in enumerate(cut.split(y_noisy, y_noisy), start=1):
+        model, index = setup.build(data), torch.from_numpy(train).to(device)
+        stage = f"fold {number} of {folds}"
+        for done in fit_on(index, alike, model, data, setup, stage):
+            yield Auxiliary(done)
+        images = data.images[torch.from_numpy(held).to(device)]
+        p_hat[held] = training.predict(model, images).double().cpu().numpy()
+    # Several processes must prune the same, though their networks may round otherwise.
+    return torch.from_numpy(training.agreed(p_hat))
+
+
+# Count: how many labels are wrong (section 3.1)
+
+
+def thresholds(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
+    """The t (K,): mean probability of a class among those labelled so (Eq. 2).
+
+    Args:
+        p_hat: (N, K).
+        y_noisy: (N,) int64, with every class.
+    """
+    own = [p_hat[y_noisy == j, j] for j in range(p_hat.shape[1])]
+    # Rounding must not take a mean beyond the values, should all be the same.
+    return torch.stack([p.mean().clamp(p.min(), p.max()) for p in own])
+
+
+def confident_joint(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
+    """C (K, K) int64: images labelled i that are confidently of class j (Eq. 1).
+
+    Of classes that reach their thresholds the most probable counts. Every row counts
+    one image at least: the one most probably of its class reaches that threshold.
+
+    Args:
+        p_hat: (N, K).
+        y_noisy: (N,) int64, with every class.
+    """
+    p_hat, y_noisy = p_hat.cpu(), y_noisy.cpu()
+    K = p_hat.shape[1]
+    reached = p_hat >= thresholds(p_hat, y_noisy)
+    likely = p_hat.masked_fill(~reached, -1).argmax(dim=1)
+    counted = reached.any(dim=1)
+    pairs = y_noisy[counted] * K + likely[counted]
+    return pairs.bincount(minlength=K * K).view(K, K)
+
+
+def joint(C: Tensor, y_noisy: Tensor) -> Tensor:
+    """Q (K, K) float64: C with as many of each label as there are, sum 1 (Eq. 3).
+
+    Args:
+        C: (K, K), no row of zeros.
+        y_noisy: (N,) int64.
+    """
+    C, given = C.double(), y_noisy.cpu().bincount(minlength=len(C))
+    return C / C.sum(dim=1, keepdim=True) * given[:, None] / len(y_noisy)
+
+
+def transition(Q: Tensor) -> Tensor:
+    """T (K, K): p(y_noisy | y_true), from Q (K, K)."""
+    return (Q / Q.sum(dim=0)).T
+
+
+# Rank and prune: which ones (section 3.2)
+
+
+def by_class(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
+    """Of each label as many as are wrong, the least probable (PBC): (N,) bool."""
+    found = torch.zeros_like(y_noisy, dtype=torch.bool)
+    for i, wrong in enumerate(len(y_noisy) * (Q.sum(dim=1) - Q.diagonal())):
+        mark(found, (y_noisy == i).nonzero().squeeze(1), -p_hat[:, i], wrong)
+    return found
+
+
+def by_noise_rate(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
+    """Of label i as many as are j, greatest margin of j over i (PBNR): (N,) bool."""
+    found = torch.zeros_like(y_noisy, dtype=torch.bool)
+    for i in range(len(Q)):
+        own = (y_noisy == i).nonzero().squeeze(1)
+        for j in range(len(Q)):
+            if j != i:
+                margin = p_hat[:, j] - p_hat[:, i]
+                mark(found, own, margin, len(y_noisy) * Q[i, j])
+    return found
+
+
+def mark(found: Tensor, own: Tensor, doubt: Tensor, count: Tensor) -> None:
+    """Set `found` at the `count` (rounded) of `own` that have the most doubt."""
+    found[own[doubt[own].topk(round(count.item())).indices]] = True
+
+
+def both(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
+    """What is doubted by class and by noise rate alike (C+NR): (N,) bool."""
+    return by_class(p_hat, y_noisy, Q) & by_noise_rate(p_hat, y_noisy, Q)
+
+
+RULES = ("noise-rate", "class", "both")
+
+
+def doubted(p_hat: Tensor, y_noisy: Tensor, Q: Tensor, prune_by: str) -> Tensor:
+    """Which labels go: (N,) bool, on the device of the labels.
+
+    Args:
+        p_hat: (N, K).
+        y_noisy: (N,) int64.
+        Q: (K, K).
+        prune_by: one of RULES.
+    """
+    rule = dict(zip(RULES, (by_noise_rate, by_class, both), strict=True))[prune_by]
+    return rule(p_hat.cpu(), y_noisy.cpu(), Q).to(y_noisy.device)
+
+
+def weights(Q: Tensor) -> Tensor:
+    """1 / p(y_noisy = k | y_true = k) of each class (K,), to make up for what went."""
+    return Q.sum(dim=0) / Q.diagonal()
+
+
+# Bad input
+
+
+def check(data: NoisyData, folds: int, prune_by: str) -> None:
+    """Raise ValueError unless every class has a label in every fold."""
+    if prune_by not in RULES:
+        raise ValueError(f"prune_by is {prune_by!r}; allowed are {', '.join(RULES)}")
+    if folds < 2:
+        raise ValueError(f"folds is {folds!r}; it must be 2 or more")
+    counts = data.labels.bincount(minlength=data.num_classes)
+    if (counts < folds).any():
+        k = int(counts.argmin())
+        raise ValueError(
+            f"folds is {folds}, but only {int(counts[k])} images are labelled {k}; "
+            "every class needs as many as there are folds"
+        )
+
+
+def check_kept(kept: Tensor, y_noisy: Tensor, Q: Tensor) -> None:
+    """Raise ValueError if no label of a class is believed."""
+    counts = y_noisy[kept].bincount(minlength=len(Q)).cpu()
+    lost = (counts == 0) | (Q.diagonal() == 0)
+    if lost.any():
+        raise ValueError(
+            f"every label of class {int(lost.int().argmax())} is doubted, so that "
+            "nothing is left to learn it from; the held-out predictions are too poor, "
+            "so change the network or train it longer"
+        )
