@@ -78,6 +78,7 @@ DEFAULT_MODELS = {
     "cifar10": "resnet14",
     "clothing1m": "alexnet",
     "food101n": "resnet50",
+    "folder": "resnet14",
 }
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from nlhelpers import binary, clothing1m, food101n, noise, profiles
+from nlhelpers import binary, clothing1m, folder, food101n, noise, profiles
 from nlhelpers import data as datasets
 from nlhelpers.methods import METHODS, loss_correction
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.training import Recipe
 
-# Data sets that come divided, with noisy labels of their own and clean ones beside.
-PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n}
+# Data sets with noisy labels of their own; the published ones have clean ones beside.
+PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n, "folder": folder}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *PUBLISHED)
 # Noises whose T can be said beforehand.

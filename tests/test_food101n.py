@@ -503,7 +503,7 @@ def test_the_recipe():
         (
             {"noise": "symmetric", "noise_rate": 0.2},
             "noise is 'symmetric' and dataset is 'food101n'; 'crawled' is the noise of "
-            "clothing1m, food101n, and they have no other",
+            "clothing1m, food101n, folder, and they have no other",
         ),
         ({"dataset": "cifar10"}, "noise is 'crawled' and dataset is 'cifar10'"),
         ({"noise_rate": 0.4}, "come with their own rate"),

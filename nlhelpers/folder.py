@@ -1,0 +1,127 @@
+"""A folder of images of your own: in it, one folder of files for each class.
+
+An image's label is the name of the folder that it lies in, right or wrong. Nobody knows
+the truth, so that validation and test images have labels as they were given, too: how
+often a network agrees with these says less than how often it is right.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import Generator
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from nlhelpers import crawled
+from nlhelpers.crawled import Part
+from nlhelpers.data import UNKNOWN, DataError, NoisyData, Truth, data_root
+from nlhelpers.files import ImageFiles
+
+NAME = "folder"  # of the folder, under the data root
+HELD_OUT = 0.1  # share of the images for validation, and for the test
+
+
+def load(
+    generator: Generator,
+    *,
+    root: Path | None = None,
+    limit: int | None = None,
+    size: int = 256,
+    crop_to: int | None = None,
+    clean_val: bool = True,
+    thorough: bool = False,
+) -> tuple[NoisyData, Truth]:
+    """The images of a folder, divided at random; there is no clean set.
+
+    The true labels of the training and the validation images are UNKNOWN. `index` says
+    which of all images, in the order of their paths, those to train on are.
+
+    Args:
+        generator: a CPU generator; decides which image goes where.
+        root: the folder of folders; None is "folder" under `data_root()`.
+        limit: use at most so many images in all; None is all of them.
+        size: as in `ImageFiles`.
+        crop_to: as in `ImageFiles`.
+        clean_val: changes nothing here: there are no labels but the given ones.
+        thorough: decode each image to see whether it is damaged, which takes as long as
+            an epoch; else only its header is read.
+
+    Raises:
+        DataError: if there are not two classes with images, if they are fewer than ten,
+            or if more than 1 % of them are damaged.
+    """
+    root = folder(root)
+    crawled.check_limit(limit)
+    classes = class_names(root)
+    files = listed(root, classes)
+    labels = torch.tensor([label for _, label in files])
+    names = [os.path.relpath(path, root) for path, _ in files]
+    unknown = torch.full_like(labels, UNKNOWN)
+    images = ImageFiles(root, names, size, crop_to)
+    every = Part(images, labels, unknown, torch.arange(len(labels)))
+    every = every.drawn(limit, generator)
+    every = crawled.without_broken({NAME: every}, thorough)[NAME]
+    held = round(HELD_OUT * len(every.index))
+    if held == 0:
+        raise DataError(
+            f"{root} has {len(every.index)} images that can be used; put ten or more "
+            "there, and as many as you can"
+        )
+    order = torch.randperm(len(every.index), generator=generator)
+    parts = (every[part] for part in order.tensor_split([held, 2 * held]))
+    val, test, noisy = parts
+    test = dataclasses.replace(test, true=test.given)
+    none = noisy[torch.arange(0)]
+    return crawled.divided(
+        noisy, none, val, test, num_classes=len(classes), clean_val=False
+    )
+
+
+def folder(root: Path | None = None) -> Path:
+    """Where the images lie: `root`, or if that is None, below `data_root()`."""
+    return data_root() / NAME if root is None else Path(root)
+
+
+def class_names(root: Path | None = None) -> tuple[str, ...]:
+    """The names of the folders, sorted: the classes in the order of their labels.
+
+    Args:
+        root: as in `load`.
+
+    Raises:
+        DataError: if there are not two of them.
+    """
+    root = folder(root)
+    advice = (
+        "put one folder of images there for each class, or set NLHELPERS_DATA to the "
+        f"folder that holds {NAME}/"
+    )
+    if not root.is_dir():
+        raise DataError(f"{root} is missing; {advice}")
+    try:
+        found, _ = find_classes(root)
+    except FileNotFoundError:
+        found = []
+    if len(found) < 2:
+        raise DataError(f"{root} has {len(found)} folders, not two or more; {advice}")
+    return tuple(found)
+
+
+def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Paths of all images below the folders, with their labels, sorted.
+
+    Files of other kinds are passed over.
+
+    Raises:
+        DataError: if a folder has no image.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = make_dataset(root, numbers, IMG_EXTENSIONS, allow_empty=True)
+    empty = set(classes) - {classes[label] for _, label in files}
+    if empty:
+        raise DataError(
+            f"{root / min(empty)} has no image; put some there, or remove it. Images "
+            f"are files that end in {', '.join(IMG_EXTENSIONS)}"
+        )
+    return files

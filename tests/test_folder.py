@@ -1,0 +1,181 @@
+"""A folder of folders: what is read, divided and passed over, and runs on it."""
+
+import warnings
+
+import pytest
+import torch
+
+from nlhelpers import experiments, files, folder, records
+from nlhelpers.__main__ import main
+from nlhelpers.data import UNKNOWN, DataError
+from nlhelpers.specs import Spec
+from photographs import copy, write_image
+
+SIZE = 16
+CLASSES = {"cat": range(60), "dog": range(60, 90), "eel": range(90, 120)}
+SPEC = {"dataset": "folder", "noise": "crawled", "noise_rate": None}
+
+
+def path(k):
+    (name,) = (name for name, own in CLASSES.items() if k in own)
+    deep = "deep/er/" if k % 7 == 0 else ""
+    return f"{name}/{deep}{k:03}.{('png', 'JPG', 'webp')[k % 3]}"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pristine") / "folder"
+    for own in CLASSES.values():
+        for k in own:
+            write_image(root / path(k), k)
+    (root / "cat" / "notes.txt").write_text("these are cats")
+    (root / "readme.md").write_text("no class")
+    return root
+
+
+@pytest.fixture
+def root(pristine, tmp_path, monkeypatch):
+    """A copy in which any file may be changed, under the data root."""
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path / "data"))
+    return copy(pristine, tmp_path / "data" / "folder")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(files, "cores", lambda: 0)
+
+
+def load(seed=0, **options):
+    return folder.load(torch.Generator().manual_seed(seed), **{"size": SIZE} | options)
+
+
+def numbers(images):
+    return [int(name.decode().rpartition("/")[2][:3]) for name in images.names]
+
+
+def test_every_image_is_in_one_part_with_the_label_of_its_folder(pristine):
+    seen, truth = load(root=pristine)
+    assert folder.class_names(pristine) == ("cat", "dog", "eel")
+    assert seen.num_classes == 3
+    parts = (
+        (seen.images, seen.labels),
+        (seen.val_images, seen.val_labels),
+        (truth.test_images, truth.test_labels),
+    )
+    assert [len(labels) for _, labels in parts] == [96, 12, 12]
+    assert sorted(k for images, _ in parts for k in numbers(images)) == list(range(120))
+    for images, labels in parts:
+        expected = [int(k >= 60) + int(k >= 90) for k in numbers(images)]
+        assert labels.tolist() == expected
+        red = torch.cat(list(images.split(50)))[:, 0].double().mean((1, 2))
+        assert (red - torch.tensor(numbers(images))).abs().max() < 4
+    assert len(seen.clean_images) == len(seen.clean_labels) == 0
+
+
+def test_nobody_knows_the_truth(pristine):
+    seen, truth = load(root=pristine)
+    assert truth.labels.tolist() == [UNKNOWN] * 96
+    assert truth.val_labels.tolist() == [UNKNOWN] * 12
+    checked, _ = load(root=pristine, clean_val=True)
+    assert checked.val_labels.tolist() == seen.val_labels.tolist()
+
+
+def test_index_counts_in_the_order_of_the_paths(pristine):
+    seen, truth = load(root=pristine)
+    every = sorted(path(k) for k in range(120))
+    named = [name.decode() for name in seen.images.names]
+    assert [every[k] for k in truth.index] == named
+
+
+def test_the_division_depends_on_the_generator_alone(pristine):
+    drawn = [numbers(load(seed, root=pristine)[0].images) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_limit(pristine):
+    seen, truth = load(root=pristine, limit=50)
+    sizes = len(seen.labels), len(seen.val_labels), len(truth.test_labels)
+    assert sizes == (40, 5, 5)
+    with pytest.raises(ValueError, match="limit is 0"):
+        load(root=pristine, limit=0)
+
+
+def test_a_damaged_image_is_left_out_with_a_report(root):
+    (root / path(5)).write_bytes(b"")
+    with pytest.warns(UserWarning, match="^1 of 120 images .* missing or damaged"):
+        seen, truth = load()
+    parts = (seen.images, seen.val_images, truth.test_images)
+    assert sorted(k for part in parts for k in numbers(part)) == sorted(
+        set(range(120)) - {5}
+    )
+    (root / path(6)).write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"2 of 120 images .* more than 1% are"):
+        load()
+
+
+def test_nothing_is_said_of_other_files(pristine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(root=pristine)
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+def test_a_missing_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
+    message = f"^{tmp_path}/folder is missing; put one folder of images there for each"
+    for read in (folder.class_names, load):
+        with pytest.raises(DataError, match=message + ".* or set NLHELPERS_DATA"):
+            read()
+
+
+@pytest.mark.parametrize("names", [[], ["cat"]])
+def test_too_few_classes(tmp_path, names):
+    for name in names:
+        write_image(tmp_path / name / "1.png", 1)
+    (tmp_path / "dog.png").write_bytes(b"")  # a file is no class
+    with pytest.raises(DataError, match=f"has {len(names)} folders, not two or more"):
+        load(root=tmp_path)
+
+
+def test_a_class_without_an_image(root):
+    (root / "frog").mkdir()
+    (root / "frog" / "list.csv").write_text("")
+    with pytest.raises(DataError, match=f"^{root}/frog has no image; put some there"):
+        load()
+
+
+def test_too_few_images(tmp_path):
+    for k in range(4):
+        write_image(tmp_path / "ab"[k % 2] / f"{k}.png", k)
+    with pytest.raises(DataError, match="has 4 images that can be used; put ten or m"):
+        load(root=tmp_path)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("method", ["cross-entropy", "two-stage"])
+def test_a_whole_run(root, cpu, method):
+    spec = Spec(method, **SPEC, profile="smoke", model="mlp")
+    record = experiments.run(spec, cpu)
+    assert record["images"] == 96
+    assert record["realised_rate"] is None  # nobody knows it
+    assert record["screening"] is None
+    assert 0 <= record["last_accuracy"] <= 1
+    assert experiments.is_current(record)
+
+
+def test_the_command_line(root, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    call = ["run", "--dataset", "folder", "--model", "mlp", "--profile", "smoke"]
+    assert main([*call, "--device", "cpu", "--records", str(path)]) == 0
+    (record,) = records.read(path)
+    assert record["spec"]["noise"] == "crawled"
+
+
+def test_there_is_no_clean_set(root, cpu):
+    spec = Spec("clean-only", **SPEC, profile="smoke", model="mlp", num_clean=20)
+    with pytest.raises(ValueError, match="the clean set of 0 images has none of class"):
+        experiments.run(spec, cpu)
