@@ -67,6 +67,7 @@ QUICK = {
     "alexnet": 2,
     "resnet50": 3,
 }
+QUICK_FOLDER = 20  # of any model, as a folder of one's own may hold few images
 
 # Pixels of each side that a network sees of a photograph.
 PIXELS = dict.fromkeys(RECIPES, 32) | {"alexnet": 224, "resnet50": 224}
@@ -85,7 +86,7 @@ DEFAULT_MODELS = {
 def recipe(dataset: str, model: str, profile: str) -> Recipe:
     """The training recipe of a profile; names are taken as checked by `Spec`."""
     paper = RECIPES[model]
-    if dataset == "digits":
+    if dataset in ("digits", "folder"):
         # 42 times fewer images than MNIST: smaller batches keep the number of steps up.
         paper = replace(paper, batch_size=32)
     if dataset in PHOTOGRAPHS:
@@ -94,6 +95,9 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
         paper = replace(paper, crop=0, flip=False)  # mirrored digits are other digits
     if profile == "smoke":
         return replace(shortened(paper, 2), limit=600)
+    if profile == "quick" and dataset == "folder":
+        fewer = min(QUICK_FOLDER, paper.epochs)
+        return shortened(paper, fewer)  # of all images: any may be wrong
     if profile == "quick" and dataset != "digits":
         limit = 5_000 if model != "mlp" else None
         return replace(shortened(paper, QUICK[model]), limit=limit)

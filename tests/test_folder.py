@@ -8,6 +8,7 @@ import torch
 from nlhelpers import experiments, files, folder, records
 from nlhelpers.__main__ import main
 from nlhelpers.data import UNKNOWN, DataError
+from nlhelpers.profiles import PROFILES
 from nlhelpers.specs import Spec
 from photographs import copy, write_image
 
@@ -173,6 +174,13 @@ def test_the_command_line(root, tmp_path):
     assert main([*call, "--device", "cpu", "--records", str(path)]) == 0
     (record,) = records.read(path)
     assert record["spec"]["noise"] == "crawled"
+
+
+def test_the_recipe_leaves_no_image_out():
+    quick, paper = (Spec(**SPEC, profile=profile).recipe for profile in PROFILES[1:])
+    assert (quick.epochs, quick.batch_size, quick.limit) == (20, 32, None)
+    assert (paper.epochs, paper.batch_size, paper.limit) == (120, 32, None)
+    assert not quick.flip and not quick.crop  # nobody knows whether they may be
 
 
 def test_there_is_no_clean_set(root, cpu):

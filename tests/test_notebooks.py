@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
+import torch
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
-from nlhelpers import records
-from photographs import write_clothing1m, write_food101n
+from nlhelpers import models, records, training
+from nlhelpers.files import ImageFiles
+from photographs import write_clothing1m, write_food101n, write_image
 
 TOP = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -103,6 +106,33 @@ def test_self_learning_runs_on_photographs(dataset, papermill, tmp_path, monkeyp
     stored = records.read(tmp_path / "runs.jsonl")
     assert {record["spec"]["dataset"] for record in stored} == {dataset}
     assert all(record["spec"]["settings"]["start_pretrained"] for record in stored)
+
+
+def test_own_images_names_files_and_leaves_a_classifier(
+    papermill, tmp_path, monkeypatch
+):
+    """Two classes of one colour each, and three images that lie in the wrong folder."""
+    shades = {k: k if k < 40 else 200 + k % 40 for k in range(80)}
+    for k, shade in shades.items():
+        name = "light" if (k >= 40) != (k in (3, 50, 70)) else "dark"
+        write_image(tmp_path / "folder" / name / f"{k}.png", shade)
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
+    values = {"dataset": "folder", "noise": "crawled", "noise_rate": "None"}
+    values |= {"model": "mlp", "profile": "quick", "seed": "1"}
+    options = [w for name, value in values.items() for w in ("-p", name, value)]
+    done = papermill(TOP / "notebooks" / "own_images.ipynb", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    doubtful = pd.read_csv(tmp_path / "doubtful.csv")
+    found = dict(zip(doubtful["image"], doubtful["looks like"], strict=True))
+    wrong = {"light/3.png": "dark", "dark/50.png": "light", "dark/70.png": "light"}
+    assert found.items() <= wrong.items()
+    assert len(found) >= 2  # one may be held out
+    stored = torch.load(tmp_path / "classifier.pt")
+    assert stored["classes"] == ("dark", "light")
+    network = models.build(stored["model"], torch.zeros(1, 3, 32, 32).byte(), 2)
+    network.load_state_dict(stored["weights"])
+    pair = ImageFiles(tmp_path / "folder", ["dark/5.png", "light/60.png"], size=32)
+    assert training.predict(network, pair).argmax(dim=1).tolist() == [0, 1]
 
 
 def test_a_bad_parameter_stops_papermill(papermill, tmp_path):
