@@ -195,6 +195,16 @@ def test_it_finds_what_is_wrong_and_how(digits, cpu):
     assert (of_kind(events, Transition).T - T).abs().sum(dim=1).mean() / 2 < 0.1
 
 
+def test_all_networks_may_start_pretrained(digits, make_setup, seeded):
+    events = list(
+        cl.confident_learning(
+            digits[0], make_setup(epochs=4), folds=2, start_pretrained=True
+        )
+    )
+    stages = [event.epoch.stage for event in events if isinstance(event, Auxiliary)]
+    assert stages == ["rotation"] * 4 + ["fold 1 of 2"] * 4 + ["fold 2 of 2"] * 4
+
+
 def test_the_loss_is_weighted_in_the_last_training_only(
     digits, make_setup, seeded, steps, monkeypatch
 ):

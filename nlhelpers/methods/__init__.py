@@ -123,7 +123,10 @@ METHODS = {
     ),
     # Held-out networks
     "confident-learning": Method(
-        confident_learning.confident_learning, "confident learning", trainings=5
+        confident_learning.confident_learning,
+        "confident learning",
+        trainings=5,
+        more_trainings=STARTED,
     ),
     # Two networks
     "co-teaching": Method(co_teaching.co_teaching, "co-teaching"),

@@ -21,11 +21,17 @@ from torch import Tensor
 from nlhelpers import training
 from nlhelpers.data import NoisyData
 from nlhelpers.methods.rank_pruning import draw_seed, fit_on
+from nlhelpers.pretraining import begun
 from nlhelpers.training import Auxiliary, Event, Screening, Setup, Transition
 
 
 def confident_learning(
-    data: NoisyData, setup: Setup, *, folds: int = 4, prune_by: str = "noise-rate"
+    data: NoisyData,
+    setup: Setup,
+    *,
+    folds: int = 4,
+    prune_by: str = "noise-rate",
+    start_pretrained: bool = False,
 ) -> Iterator[Event]:
     """Predict held-out images, prune their labels, train on the others.
 
@@ -34,12 +40,14 @@ def confident_learning(
         setup: network and recipe, the same for every training.
         folds: networks that predict, each what it was not trained on.
         prune_by: which labels go, one of RULES.
+        start_pretrained: whether all networks start from one trained without labels.
 
     Raises:
         ValueError: if a class has too few labels for the folds, or would keep none.
     """
     check(data, folds, prune_by)
     y_noisy = data.labels
+    setup = yield from begun(data, setup, start_pretrained)
     p_hat = yield from held_out(data, setup, folds)
     Q = joint(confident_joint(p_hat, y_noisy), y_noisy)
     kept = ~doubted(p_hat, y_noisy, Q, prune_by)
