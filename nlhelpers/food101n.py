@@ -83,8 +83,8 @@ def load(
         name: every[torch.tensor([place[key] for key in keys], dtype=torch.int64)]
         for name, keys in divided.items()
     }
-    right = torch.tensor([verified[CLEAN][key] for key in divided[CLEAN]])
-    parts[CLEAN] = true_only_where(right, parts[CLEAN])
+    right = [verified[CLEAN][key] for key in divided[CLEAN]]
+    parts[CLEAN] = true_only_where(torch.tensor(right, dtype=bool), parts[CLEAN])
     # Were those of the noisy images known that were verified right, and no others, the
     # noise would look absent.
     parts[NOISY] = true_only_where(torch.tensor(False), parts[NOISY])

@@ -89,8 +89,11 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
     if dataset in ("digits", "folder"):
         # 42 times fewer images than MNIST: smaller batches keep the number of steps up.
         paper = replace(paper, batch_size=32)
-    if dataset in PHOTOGRAPHS:
-        paper = replace(PHOTOGRAPHS[dataset], crop=PIXELS[model] // 14, flip=True)
+    photographs = PHOTOGRAPHS.get(dataset)
+    if dataset == "folder" and PIXELS[model] > 32:  # who takes these networks has such
+        photographs = replace(FOOD101N, batch_size=32)
+    if photographs:
+        paper = replace(photographs, crop=PIXELS[model] // 14, flip=True)
     elif dataset != "cifar10":
         paper = replace(paper, crop=0, flip=False)  # mirrored digits are other digits
     if profile == "smoke":

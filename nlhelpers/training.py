@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +150,15 @@ class Transition:
 
 
 Event = Epoch | Auxiliary | Screening | Correction | Transition
+
+
+def returned(events: Generator[Event, None, Any]) -> Any:
+    """What a generator of events returns, when it has come to its end."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as ended:
+            return ended.value
 
 
 def fit(

@@ -183,6 +183,13 @@ def test_the_recipe_leaves_no_image_out():
     assert not quick.flip and not quick.crop  # nobody knows whether they may be
 
 
+def test_a_network_for_photographs_is_tuned_gently():
+    recipe = Spec(**SPEC, profile="paper", model="resnet50").recipe
+    assert (recipe.learning_rate, recipe.batch_size, recipe.epochs) == (0.01, 32, 30)
+    assert (recipe.crop, recipe.flip, recipe.limit) == (16, True, None)
+    assert Spec(**SPEC, model="resnet50").recipe.epochs == 20
+
+
 def test_there_is_no_clean_set(root, cpu):
     spec = Spec("clean-only", **SPEC, profile="smoke", model="mlp", num_clean=20)
     with pytest.raises(ValueError, match="the clean set of 0 images has none of class"):

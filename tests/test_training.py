@@ -41,6 +41,18 @@ def rates(seen, setup, accuracies):
     return [epoch.learning_rate for epoch in epochs]
 
 
+def test_what_a_generator_of_events_returns():
+    seen = []
+
+    def events():
+        seen.extend([1, 2])
+        yield from seen
+        return "the end"
+
+    assert training.returned(events()) == "the end"
+    assert seen == [1, 2]
+
+
 def test_rate_halves_after_patience_epochs_without_improvement(prepared, make_setup):
     seen, _ = prepared
     setup = make_setup(epochs=10, patience=3, learning_rate=0.08)
