@@ -35,8 +35,8 @@ class Part:
     true: Tensor
     index: Tensor
 
-    def __getitem__(self, index: Tensor) -> "Part":
-        """A subset by int64 or bool (N,)."""
+    def __getitem__(self, index: Tensor | slice) -> "Part":
+        """A subset by int64 or bool (N,), or by a slice."""
         return Part(*(value[index] for value in vars(self).values()))
 
     def drawn(self, limit: int | None, generator: Generator) -> "Part":

@@ -122,6 +122,12 @@ class Truth:
         return _to(self, device)
 
 
+def with_clean(data: NoisyData, index: Tensor | slice) -> NoisyData:
+    """The data with some of their clean images only: int64 or bool (M,), or a slice."""
+    clean = ("clean_images", "clean_labels", "clean_given_labels")
+    return dataclasses.replace(data, **{n: getattr(data, n)[index] for n in clean})
+
+
 def _to(bundle, device: torch.device):
     moved = {}
     for field in dataclasses.fields(bundle):

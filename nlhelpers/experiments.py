@@ -159,9 +159,7 @@ def published(
     if not METHODS[spec.method].verdicts:
         chosen = chosen[seen.clean_labels[chosen] != datasets.UNKNOWN]
     chosen = chosen[: spec.num_clean].sort().values
-    clean = ("clean_images", "clean_labels", "clean_given_labels")
-    fewer = {name: getattr(seen, name)[chosen] for name in clean}
-    return dataclasses.replace(seen, **fewer).to(device), truth.to(device)
+    return datasets.with_clean(seen, chosen).to(device), truth.to(device)
 
 
 def prepare(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:

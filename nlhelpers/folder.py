@@ -69,13 +69,10 @@ def load(
             "there, and as many as you can"
         )
     order = torch.randperm(len(every.index), generator=generator)
-    parts = (every[part] for part in order.tensor_split([held, 2 * held]))
-    val, test, noisy = parts
+    val, test, noisy = map(every.__getitem__, order.tensor_split([held, 2 * held]))
     test = dataclasses.replace(test, true=test.given)
-    none = noisy[torch.arange(0)]
-    return crawled.divided(
-        noisy, none, val, test, num_classes=len(classes), clean_val=False
-    )
+    parts = noisy, noisy[:0], val, test
+    return crawled.divided(*parts, num_classes=len(classes), clean_val=False)
 
 
 def folder(root: Path | None = None) -> Path:

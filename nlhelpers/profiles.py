@@ -86,24 +86,33 @@ DEFAULT_MODELS = {
 def recipe(dataset: str, model: str, profile: str) -> Recipe:
     """The training recipe of a profile; names are taken as checked by `Spec`."""
     paper = RECIPES[model]
-    if dataset in ("digits", "folder"):
+    if dataset == "folder":
+        return of_folder(model, profile)
+    if dataset == "digits":
         # 42 times fewer images than MNIST: smaller batches keep the number of steps up.
         paper = replace(paper, batch_size=32)
-    photographs = PHOTOGRAPHS.get(dataset)
-    if dataset == "folder" and PIXELS[model] > 32:  # who takes these networks has such
-        photographs = replace(FOOD101N, batch_size=32)
-    if photographs:
-        paper = replace(photographs, crop=PIXELS[model] // 14, flip=True)
+    if dataset in PHOTOGRAPHS:
+        paper = replace(PHOTOGRAPHS[dataset], crop=PIXELS[model] // 14, flip=True)
     elif dataset != "cifar10":
         paper = replace(paper, crop=0, flip=False)  # mirrored digits are other digits
     if profile == "smoke":
         return replace(shortened(paper, 2), limit=600)
-    if profile == "quick" and dataset == "folder":
-        fewer = min(QUICK_FOLDER, paper.epochs)
-        return shortened(paper, fewer)  # of all images: any may be wrong
     if profile == "quick" and dataset != "digits":
         limit = 5_000 if model != "mlp" else None
         return replace(shortened(paper, QUICK[model]), limit=limit)
+    return paper
+
+
+def of_folder(model: str, profile: str) -> Recipe:
+    """The recipe of a folder of one's own, which may hold few images."""
+    paper = replace(RECIPES[model], batch_size=32, crop=0, flip=False)
+    if PIXELS[model] > 32:  # who takes these networks has photographs
+        crop = PIXELS[model] // 14
+        paper = replace(FOOD101N, batch_size=32, crop=crop, flip=True)
+    if profile == "smoke":
+        return replace(shortened(paper, 2), limit=600)
+    if profile == "quick":  # of all images: any may be wrong
+        return shortened(paper, min(QUICK_FOLDER, paper.epochs))
     return paper
 
 

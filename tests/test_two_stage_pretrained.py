@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nlhelpers import experiments, training
+from nlhelpers.data import with_clean
 from nlhelpers.methods import METHODS
-from nlhelpers.methods.two_stage_pretrained import without_clean_set
 from nlhelpers.pretraining import Begun
 from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Epoch, Screening
@@ -93,7 +93,7 @@ def test_without_clean_set(prepared):
         clean_labels=seen.labels[:9],
         clean_given_labels=seen.labels[:9],
     )
-    left = without_clean_set(some)
+    left = with_clean(some, slice(0))
     assert len(left.clean_images) == len(left.clean_labels) == 0
     assert left.images is some.images
 

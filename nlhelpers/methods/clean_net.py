@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlhelpers import batches, losses, prototypes, relevance, training
-from nlhelpers.data import UNKNOWN, NoisyData
+from nlhelpers.data import UNKNOWN, NoisyData, with_clean
 from nlhelpers.methods.self_learning import train_on_clean_set
 from nlhelpers.models import Network
 from nlhelpers.pretraining import pretrained
@@ -120,14 +120,8 @@ def clean_net(
     slower = replace(setup, recipe=recipe)
     yield from train(network, images, y, w, data, slower, "weighted labels")
     if finetune:
-        yield from train_on_clean_set(network, with_truth(data), setup)
-
-
-def with_truth(data: NoisyData) -> NoisyData:
-    """The data less the clean images of which no true label is known."""
-    known = data.clean_labels != UNKNOWN
-    clean = ("clean_images", "clean_labels", "clean_given_labels")
-    return replace(data, **{name: getattr(data, name)[known] for name in clean})
+        known = with_clean(data, data.clean_labels != UNKNOWN)
+        yield from train_on_clean_set(network, known, setup)
 
 
 def train(

@@ -46,18 +46,18 @@ def confident_learning(
         ValueError: if a class has too few labels for the folds, or would keep none.
     """
     check(data, folds, prune_by)
-    y_noisy = data.labels
+    device, y_noisy = data.labels.device, data.labels.cpu()
     setup = yield from begun(data, setup, start_pretrained)
     p_hat = yield from held_out(data, setup, folds)
     Q = joint(confident_joint(p_hat, y_noisy), y_noisy)
     kept = ~doubted(p_hat, y_noisy, Q, prune_by)
     check_kept(kept, y_noisy, Q)
     yield Transition(transition(Q))
-    yield Screening(kept)
-    weight = weights(Q).to(y_noisy.device)[y_noisy].float()
+    yield Screening(kept.to(device))
+    weight = weights(Q)[y_noisy].float()
     # With a mean of 1 the learning rate means what it does in every other method.
-    weight /= weight[kept].mean()
-    model, index = setup.build(data), kept.nonzero().squeeze(1)
+    weight = (weight / weight[kept].mean()).to(device)
+    model, index = setup.build(data), kept.nonzero().squeeze(1).to(device)
     yield from fit_on(index, weight, model, data, setup, "training")
 
 
@@ -84,7 +84,7 @@ def held_out(
     return torch.from_numpy(training.agreed(p_hat))
 
 
-# Count: how many labels are wrong (section 3.1)
+# Count: how many labels are wrong (section 3.1). All of this is on the CPU.
 
 
 def thresholds(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
@@ -109,7 +109,6 @@ def confident_joint(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
         p_hat: (N, K).
         y_noisy: (N,) int64, with every class.
     """
-    p_hat, y_noisy = p_hat.cpu(), y_noisy.cpu()
     K = p_hat.shape[1]
     reached = p_hat >= thresholds(p_hat, y_noisy)
     likely = p_hat.masked_fill(~reached, -1).argmax(dim=1)
@@ -125,7 +124,7 @@ def joint(C: Tensor, y_noisy: Tensor) -> Tensor:
         C: (K, K), no row of zeros.
         y_noisy: (N,) int64.
     """
-    C, given = C.double(), y_noisy.cpu().bincount(minlength=len(C))
+    C, given = C.double(), y_noisy.bincount(minlength=len(C))
     return C / C.sum(dim=1, keepdim=True) * given[:, None] / len(y_noisy)
 
 
@@ -171,7 +170,7 @@ RULES = ("noise-rate", "class", "both")
 
 
 def doubted(p_hat: Tensor, y_noisy: Tensor, Q: Tensor, prune_by: str) -> Tensor:
-    """Which labels go: (N,) bool, on the device of the labels.
+    """Which labels go: (N,) bool.
 
     Args:
         p_hat: (N, K).
@@ -179,8 +178,8 @@ def doubted(p_hat: Tensor, y_noisy: Tensor, Q: Tensor, prune_by: str) -> Tensor:
         Q: (K, K).
         prune_by: one of RULES.
     """
-    rule = dict(zip(RULES, (by_noise_rate, by_class, both), strict=True))[prune_by]
-    return rule(p_hat.cpu(), y_noisy.cpu(), Q).to(y_noisy.device)
+    rule = {"noise-rate": by_noise_rate, "class": by_class, "both": both}[prune_by]
+    return rule(p_hat, y_noisy, Q)
 
 
 def weights(Q: Tensor) -> Tensor:
@@ -208,7 +207,7 @@ def check(data: NoisyData, folds: int, prune_by: str) -> None:
 
 def check_kept(kept: Tensor, y_noisy: Tensor, Q: Tensor) -> None:
     """Raise ValueError if no label of a class is believed."""
-    counts = y_noisy[kept].bincount(minlength=len(Q)).cpu()
+    counts = y_noisy[kept].bincount(minlength=len(Q))
     lost = (counts == 0) | (Q.diagonal() == 0)
     if lost.any():
         raise ValueError(

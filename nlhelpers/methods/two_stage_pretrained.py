@@ -5,9 +5,8 @@ and in the end the network may be fine-tuned on the clean set.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from nlhelpers.data import NoisyData
+from nlhelpers.data import NoisyData, with_clean
 from nlhelpers.methods.self_learning import check_finetune, train_on_clean_set
 from nlhelpers.methods.two_stage import two_stage
 from nlhelpers.pretraining import begun
@@ -34,16 +33,10 @@ def two_stage_pretrained(
     """
     check_finetune(data, finetune)
     started = yield from begun(data, setup, start_pretrained=True)
-    stages = data if screen else without_clean_set(data)
+    stages = data if screen else with_clean(data, slice(0))
     for event in two_stage(stages, started, alpha=alpha, fixed_alpha=True):
         yield event
         if isinstance(event, Epoch):
             network = event.model
     if finetune:
         yield from train_on_clean_set(network, data, setup)
-
-
-def without_clean_set(data: NoisyData) -> NoisyData:
-    """The same noisy images, and no others."""
-    clean = ("clean_images", "clean_labels", "clean_given_labels")
-    return replace(data, **{name: getattr(data, name)[:0] for name in clean})
