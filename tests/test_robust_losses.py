@@ -103,21 +103,3 @@ def test_outputs_are_normalised_without_a_softmax(prepared, make_setup, seeded):
     torch.testing.assert_close(
         outputs.std(0, correction=0), torch.ones(10), atol=1e-2, rtol=0
     )
-
-
-def mean_accuracy(method):
-    """After the last epoch, with 20 % symmetric noise, over two seeds."""
-    specs = [Spec(method, "digits", "symmetric", 0.2, seed=seed) for seed in (0, 1)]
-    device = torch.device("cpu")
-    return sum(experiments.run(spec, device)["last_accuracy"] for spec in specs) / 2
-
-
-@pytest.fixture(scope="module")
-def cross_entropy():
-    return mean_accuracy("cross-entropy")
-
-
-@pytest.mark.parametrize("name", [*NAMES, "forward", "backward"])
-def test_at_least_as_good_as_cross_entropy(name, cross_entropy):
-    """To within the standard error of 360 test images, about a point."""
-    assert mean_accuracy(name) > cross_entropy - 0.01
