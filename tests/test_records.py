@@ -252,6 +252,7 @@ def test_a_record_says_where_it_comes_from(cpu):
     record = experiments.run(Spec(profile="smoke"), cpu)
     assert record["device"].endswith(f"{os.cpu_count()} cores")
     assert record["threads"] == torch.get_num_threads()
+    assert record["precision"] == "float32"  # no convolutions, and no GPU
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(record["versions"]) >= {"python", "numpy", "torchvision", "nlhelpers"}
     assert record["date"].endswith("+00:00")

@@ -305,15 +305,14 @@ def test_bf16_is_for_convolutions_alone_on_a_cpu(monkeypatch, cpu):
     images = torch.zeros(5, 3, 6, 6, dtype=torch.uint8)
     networks = {name: models.build(name, images, 3) for name in ("mlp", "resnet14")}
 
-    def precision(name):
-        with training.autocast(networks[name], cpu):
-            return torch.is_autocast_enabled("cpu")
-
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: True)
-    assert not precision("mlp")
-    assert precision("resnet14")
+    assert training.precision(networks["mlp"], cpu) == "float32"
+    assert training.precision(networks["resnet14"], cpu) == "bfloat16"
+    with training.autocast(networks["resnet14"], cpu):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.bfloat16
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: False)
-    assert not precision("resnet14")
+    assert training.precision(networks["resnet14"], cpu) == "float32"
 
 
 # ---------------------------------------------------------------- several processes
