@@ -57,7 +57,7 @@ def can_confine():
 
 
 CONFINED = can_confine()
-LIMITS = Limits(seconds=300, cell=5, confined=CONFINED)
+LIMITS = Limits(seconds=300, cell=5, memory=4 << 30, confined=CONFINED)
 TWICE, NUMBER = "def twice(x):\n    return 2 * x", "number = 7"
 
 

@@ -53,10 +53,10 @@ class Limits:
         confined: whether the operating system keeps it from other files and processes.
     """
 
-    seconds: float = 300.0
-    cell: float = 60.0
-    memory: int = 4 << 30
-    confined: bool = True
+    seconds: float
+    cell: float
+    memory: int
+    confined: bool
 
 
 def main(words: list[str] | None = None) -> int:
@@ -67,10 +67,10 @@ def main(words: list[str] | None = None) -> int:
     """
     given = parser().parse_args(words)
     limits = Limits(
-        60 * given.minutes,
-        12 * given.minutes,
-        int(given.memory * (1 << 30)),
-        not given.trust,
+        seconds=60 * given.minutes,
+        cell=12 * given.minutes,
+        memory=int(given.memory * (1 << 30)),
+        confined=not given.trust,
     )
     try:
         table = grade(archive_of(given.sheet), given.folder, limits, given.at_once)
