@@ -15,10 +15,10 @@ from nlhelpers.papers import TABLES
 from nlhelpers.specs import (
     BINARY,
     CRAWLED,
+    CRAWLED_SETS,
     DATASETS,
     NOISE_NAMES,
     OWN_RATE,
-    PUBLISHED,
     Spec,
     known,
 )
@@ -167,7 +167,7 @@ def default_noise(dataset: str, task: str) -> str:
     """Symmetric, unless the data or the task come with noise of their own."""
     if task:
         return BINARY
-    crawled = dataset in PUBLISHED
+    crawled = dataset in CRAWLED_SETS
     return CRAWLED if crawled else "symmetric"
 
 

@@ -14,7 +14,7 @@ from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS, loss_correction
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
-from nlhelpers.specs import PUBLISHED, Spec
+from nlhelpers.specs import CRAWLED_SETS, Spec
 from nlhelpers.training import (
     Correction,
     Epoch,
@@ -96,15 +96,15 @@ def data_for(spec: Spec, device: torch.device) -> tuple[NoisyData, Truth]:
 
 def source_of_data(spec: Spec) -> Callable[[Spec, torch.device], tuple]:
     """The function that gives a run its data."""
-    if spec.dataset in PUBLISHED:
-        return published
+    if spec.dataset in CRAWLED_SETS:
+        return crawled_data
     return binary_task if spec.task else prepare
 
 
 def class_names(dataset: str) -> tuple[str, ...]:
     """The names of a data set's classes, in the order of the labels."""
-    if dataset in PUBLISHED:
-        return PUBLISHED[dataset].class_names()
+    if dataset in CRAWLED_SETS:
+        return CRAWLED_SETS[dataset].class_names()
     return load(dataset).class_names
 
 
@@ -113,8 +113,8 @@ def given_val_labels(spec: Spec, device: torch.device) -> Tensor:
 
     UNKNOWN where none was given. What a method validates with may be the true ones.
     """
-    if spec.dataset in PUBLISHED:
-        return published(spec, device, clean_val=False)[0].val_labels
+    if spec.dataset in CRAWLED_SETS:
+        return crawled_data(spec, device, clean_val=False)[0].val_labels
     # A method that is given the same images, and validates on labels as they are.
     unchecked = dataclasses.replace(spec, method="two-stage", settings=())
     return data_for(unchecked, device)[0].val_labels
@@ -139,7 +139,7 @@ def both_labels(
     return max(found, key=lambda part: len(part[1]))
 
 
-def published(
+def crawled_data(
     spec: Spec, device: torch.device, *, clean_val: bool = True
 ) -> tuple[NoisyData, Truth]:
     """Data that come divided, with as many clean images as the spec allows.
@@ -148,7 +148,7 @@ def published(
     methods that learn from `verdicts`.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    seen, truth = PUBLISHED[spec.dataset].load(
+    seen, truth = CRAWLED_SETS[spec.dataset].load(
         generator,
         limit=spec.recipe.limit,
         size=profiles.PIXELS[spec.model] + 2 * spec.recipe.crop,
@@ -288,7 +288,7 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
 
 def source(spec: Spec) -> str:
     """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
-    loaders = datasets.DATASETS | {name: s.load for name, s in PUBLISHED.items()}
+    loaders = datasets.DATASETS | {name: s.load for name, s in CRAWLED_SETS.items()}
     of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
     return records.source_hash(
         METHODS[spec.method].run,

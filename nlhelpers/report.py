@@ -16,7 +16,7 @@ from nlhelpers import experiments
 from nlhelpers.methods import METHODS
 from nlhelpers.papers import Cell, Table
 from nlhelpers.records import Record
-from nlhelpers.specs import PUBLISHED, Spec
+from nlhelpers.specs import CRAWLED_SETS, Spec
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -173,7 +173,7 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
 
 def why_not_run(cell: Cell) -> str:
     """Why a cell that has a run may have no record."""
-    owned = cell.spec.dataset in PUBLISHED
+    owned = cell.spec.dataset in CRAWLED_SETS
     return "for whoever owns the data" if owned else "not run yet"
 
 

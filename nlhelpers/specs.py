@@ -14,10 +14,10 @@ from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.training import Recipe
 
-# Data sets with noisy labels of their own; the published ones have clean ones beside.
-PUBLISHED = {"clothing1m": clothing1m, "food101n": food101n, "folder": folder}
+# Data sets that come with noisy labels, the first two with some checked ones beside.
+CRAWLED_SETS = {"clothing1m": clothing1m, "food101n": food101n, "folder": folder}
 CRAWLED = "crawled"
-DATASETS = (*datasets.DATASETS, *PUBLISHED)
+DATASETS = (*datasets.DATASETS, *CRAWLED_SETS)
 # Noises whose T can be said beforehand.
 KNOWN_T = ("symmetric", "pair-flip", *noise.PATHS, "given")
 # The noise of binary tasks, whose data are few.
@@ -36,8 +36,8 @@ class Spec:
 
     Attributes:
         method: a key of `methods.METHODS`.
-        dataset: a key of `data.DATASETS` or of PUBLISHED.
-        noise: a key of NOISES, "crawled" for the labels of a set in PUBLISHED, or
+        dataset: a key of `data.DATASETS` or of CRAWLED_SETS.
+        noise: a key of NOISES, "crawled" for the labels of a set in CRAWLED_SETS, or
             "binary" for those of a task.
         noise_rate: probability that a label is changed (on the classes that the noise
             touches); None for noise that has its own.
@@ -95,11 +95,11 @@ class Spec:
             )
 
     def _check_noise(self) -> None:
-        if (self.noise == CRAWLED) != (self.dataset in PUBLISHED):
+        if (self.noise == CRAWLED) != (self.dataset in CRAWLED_SETS):
             raise ValueError(
                 f"noise is {self.noise!r} and dataset is {self.dataset!r}; "
-                f"{CRAWLED!r} is the noise of {', '.join(PUBLISHED)}, and they have no "
-                "other"
+                f"{CRAWLED!r} is the noise of {', '.join(CRAWLED_SETS)}, and they have "
+                "no other"
             )
         own_rate = self.noise in OWN_RATE
         if own_rate and self.noise_rate is not None:
