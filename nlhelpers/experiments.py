@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlhelpers import binary, evaluation, noise, profiles, records, training
 from nlhelpers import data as datasets
@@ -215,7 +215,7 @@ def run(
         for event in method.run(seen, setup, **settings_of(spec)):
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
-                precision = training.precision(event.model, device)
+                precision = precision_of(event.model, device)
             elif isinstance(event, Screening):
                 screening = screened(event, seen, truth)
             elif isinstance(event, Correction):
@@ -284,6 +284,12 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
     if not known.any():
         return None
     return noise.realised_rate(seen.labels[known], truth.labels[known])
+
+
+def precision_of(model: nn.Module, device: torch.device) -> str:
+    """The type in which a network's matrices are multiplied, as `autocast` has it."""
+    with training.autocast(model, device):
+        return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
 
 
 def source(spec: Spec) -> str:

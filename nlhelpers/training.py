@@ -350,12 +350,6 @@ def autocast(
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def precision(model: nn.Module, device: torch.device) -> str:
-    """The type in which its matrices are multiplied: what `autocast` decides."""
-    with autocast(model, device):
-        return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
-
-
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower."""
     able = torch.cpu.get_capabilities()

@@ -306,13 +306,13 @@ def test_bf16_is_for_convolutions_alone_on_a_cpu(monkeypatch, cpu):
     networks = {name: models.build(name, images, 3) for name in ("mlp", "resnet14")}
 
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: True)
-    assert training.precision(networks["mlp"], cpu) == "float32"
-    assert training.precision(networks["resnet14"], cpu) == "bfloat16"
+    assert experiments.precision_of(networks["mlp"], cpu) == "float32"
+    assert experiments.precision_of(networks["resnet14"], cpu) == "bfloat16"
     with training.autocast(networks["resnet14"], cpu):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == torch.bfloat16
     monkeypatch.setattr(training, "cpu_has_bf16", lambda: False)
-    assert training.precision(networks["resnet14"], cpu) == "float32"
+    assert experiments.precision_of(networks["resnet14"], cpu) == "float32"
 
 
 # ---------------------------------------------------------------- several processes
