@@ -215,7 +215,7 @@ def run(
         for event in method.run(seen, setup, **settings_of(spec)):
             if isinstance(event, Epoch):
                 history.append(evaluation.measure(event, truth))
-                precision = precision_of(event.model, device)
+                model = event.model
             elif isinstance(event, Screening):
                 screening = screened(event, seen, truth)
             elif isinstance(event, Correction):
@@ -235,7 +235,7 @@ def run(
         "label_accuracy": label_accuracy,
         "transition": transition,
         "seconds": round(time.perf_counter() - started, 3),
-        "precision": precision,
+        "precision": precision_of(model, device),
         "peak_memory_mb": records.peak_memory(device),
         **records.provenance(device, source(spec)),
         "history": {name: [row[name] for row in history] for name in history[0]},

@@ -46,10 +46,9 @@ RUNS["self-learning, fine-tuned"] = {
 
 # The methods that the four papers compare with, and newer ones, with what their own
 # papers set where a fifth of the labels is wrong; few references and sets save time.
-# Backward correction is not among them: on so few images its negative weights cost more
-# than they mend, 1.3 points over four seeds, and 2.1 with T known.
+# Backward correction just passes with two seeds; over four it is 1.3 points below.
 NAMES = ["unhinged", "sigmoid", "savage", "bootstrap-soft", "bootstrap-hard"]
-NAMES += ["forward", "generalised-cross-entropy", "symmetric-cross-entropy"]
+NAMES += ["backward", "forward", "generalised-cross-entropy", "symmetric-cross-entropy"]
 NAMES += ["early-learning", "confident-learning", "joint-optimization", "pseudo-label"]
 BY_OTHERS = {name: {} for name in NAMES} | {
     "co-teaching": {"noise_rate": 0.2},
