@@ -29,6 +29,12 @@ MEASURED = (
 RUN = ("row", "column", "profile", "device", "seed", "value")
 GAINS = ("column", "over", "gain", "std", "seeds", "profile", "device")
 OTHER_CODE = "†"  # marks a value that other code than today's has measured
+AIRY = [  # of a table whose cells hold several lines: they wrap, and keep apart
+    {"selector": "caption", "props": "caption-side: top; font-weight: bold"},
+    {"selector": "th, td", "props": "white-space: normal; padding: 0.25em 0.6em"},
+    {"selector": "td", "props": "min-width: 6.5em; text-align: left"},
+    {"selector": "small", "props": "font-size: 85%"},
+]
 
 
 def style() -> None:
@@ -197,7 +203,7 @@ def at_a_glance(whole: pd.DataFrame) -> Styler:
     apart = apart.reindex(**order)
     text.index.name = text.columns.name = None
     colours = apart.map(agreement)
-    return text.style.apply(lambda _: colours, axis=None)
+    return text.style.apply(lambda _: colours, axis=None).set_table_styles(AIRY)
 
 
 def cell_text(line: pd.Series) -> str:
