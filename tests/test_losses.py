@@ -73,6 +73,42 @@ def test_consistency_against_a_loop():
     torch.testing.assert_close(found, torch.tensor(by_loop, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_cross_entropy_is_the_same_to_the_compiler(dtype, scale):
+    logits = (random_logits() * scale).to(dtype).requires_grad_()
+    eager = losses.cross_entropy(logits, LABELS)
+    graph = losses.compiled_cross_entropy(logits, LABELS)
+    assert torch.equal(eager, graph)
+    wanted, found = (torch.autograd.grad(x.sum(), logits) for x in (eager, graph))
+    assert torch.equal(*wanted, *found)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        losses.bootstrap_soft,
+        losses.bootstrap_hard,
+        losses.generalised_cross_entropy,
+        losses.symmetric_cross_entropy,
+    ],
+)
+def test_the_compiler_sees_no_loss_with_a_kernel_of_its_own(loss):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    logits = random_logits()
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(logits, LABELS), loss(logits, LABELS))
+    (graph,) = graphs
+    assert "where" in graph.code
+    assert "cross_entropy" not in graph.code
+
+
 @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.one_vs_rest])
 def test_gradient(loss):
     logits = random_logits().requires_grad_()
