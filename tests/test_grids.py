@@ -16,6 +16,7 @@ from nlhelpers.specs import Spec
 
 SMOKE = Spec(profile="smoke")
 METHODS = ["cross-entropy", "improved-baseline", "two-stage"]
+AT_START = dict(os.environ)
 
 
 def lines(path):
@@ -239,6 +240,18 @@ def test_a_failure_on_a_worker_does_not_stop_the_others(path, cpu, client):
     with pytest.raises(GridError, match=r"1 of 3 runs failed.*threshold is 1\.5"):
         run_all([SMOKE, wrong, *grid(SMOKE, seed=[1])], path, cpu, client=client)
     assert len(lines(path)) == 2
+
+
+def test_workers_are_left_undisturbed(client):
+    def surroundings():
+        import dask
+
+        return [dask.config.get(name) for name in grids.UNDISTURBED], dict(os.environ)
+
+    for settings, environment in client.run(surroundings).values():
+        assert settings == list(grids.UNDISTURBED.values())
+        added = environment.keys() - AT_START.keys()
+        assert added.isdisjoint({"MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS"})
 
 
 def test_the_time_budget_of_workers(path, cpu, client, capsys):
