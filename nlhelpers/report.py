@@ -32,7 +32,7 @@ OTHER_CODE = "†"  # marks a value that other code than today's has measured
 AIRY = [  # of a table whose cells hold several lines: they wrap, and keep apart
     {"selector": "caption", "props": "caption-side: top; font-weight: bold"},
     {"selector": "th, td", "props": "white-space: normal; padding: 0.25em 0.6em"},
-    {"selector": "td", "props": "min-width: 6.5em; text-align: left"},
+    {"selector": "td", "props": "min-width: 6.5em; text-align: left; line-height: 1.4"},
     {"selector": "small", "props": "font-size: 85%"},
 ]
 
