@@ -1,5 +1,7 @@
 """Networks: parameter counts by formula, a plain forward pass, noise while training."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +208,45 @@ def test_perturbed_while_training_only(name, perturbation, seeded):
     assert not torch.equal(network(images), network(images))
     network.eval()
     assert torch.equal(network(images), network(images))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 1 / 3, 1e-3, 0.999])
+def test_dropout_drops_its_share_and_leaves_the_expectation(p, seeded):
+    y = models.Dropout(p)(torch.full((1_000_003,), 2.0))
+    dropped = (y == 0).double().mean().item()
+    assert abs(dropped - p) < 5 * (p * (1 - p) / len(y)) ** 0.5
+    (kept,) = y[y != 0].unique().tolist()
+    assert kept == pytest.approx(2 / (1 - p))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 128])
+def test_dropout_draws_its_units_independently(lag, seeded):
+    y = models.Dropout(0.2)(torch.ones(1_000_000)).double()
+    y = (y - y.mean()) / y.std()
+    assert abs((y[lag:] * y[:-lag]).mean().item()) < 5 / len(y) ** 0.5
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.15."), reason="other versions draw otherwise"
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.2, 1 / 3, 0.999, 1.0])
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (128, 128)])
+def test_dropout_draws_what_torch_draws(shape, p, dtype):
+    drawn = []
+    for kind in (torch.nn.Dropout, models.Dropout):
+        torch.manual_seed(3)
+        x = torch.linspace(-1, 1, math.prod(shape))
+        x = x.to(dtype).view(shape).requires_grad_()
+        y = kind(p)(x)
+        y.sum().backward()
+        drawn.append((y, x.grad, torch.get_rng_state()))
+    assert all(map(torch.equal, *drawn))
+
+
+def test_dropout_leaves_evaluation_alone():
+    layer, x = models.Dropout(0.5), torch.rand(64, 3)
+    assert torch.equal(layer.eval()(x), x)
 
 
 def test_default_dropout_is_the_networks_own():
