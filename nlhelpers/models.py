@@ -37,8 +37,8 @@ class Dropout(nn.Dropout):
         """Return x, or in training x with some units at 0 and the others scaled up."""
         if not (self.training and 0 < self.p < 1 and x.device.type == "cpu"):
             return super().forward(x)
-        kept = torch.rand(x.shape, dtype=torch.float64).lt_(1 - self.p).to(x.dtype)
-        return x * kept.div_(1 - self.p)
+        draws = torch.rand(x.shape, dtype=torch.float64, device=x.device)
+        return x * draws.lt_(1 - self.p).to(x.dtype).div_(1 - self.p)
 
 
 class Network(nn.Module):
