@@ -247,12 +247,14 @@ def seconds_per_epoch(spec: Spec, device: torch.device) -> float:
         for event in METHODS[spec.method].run(
             seen, Setup(spec.model, recipe, generator)
         ):
-            if isinstance(event, training.Epoch):
-                evaluation.measure(event, truth)
-            if not isinstance(event, training.Epoch | training.Auxiliary):
-                continue
-            number = getattr(event, "epoch", event).number
-            if number > 1:  # the first of a training warms up
+            match event:
+                case training.Epoch() as epoch:
+                    evaluation.measure(epoch, truth)
+                case training.Auxiliary(epoch=epoch):
+                    pass
+                case _:
+                    continue
+            if epoch.number > 1:  # the first of a training warms up
                 took.append(time.perf_counter() - before)
             before = time.perf_counter()
     return statistics.median(took) / share
