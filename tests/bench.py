@@ -214,7 +214,8 @@ def bench_table3(dataset: str, seeds: int, device: torch.device) -> None:
     runs = [spec for spec in runs if spec.noise != "asymmetric-swap"]
     at_once = (os.cpu_count() or 1) if device.type == "cpu" else 1
     total = 0.0
-    with ProcessPoolExecutor(at_once, get_context("spawn"), pin) as pool:
+    one_thread = torch.set_num_threads, (1,)
+    with ProcessPoolExecutor(at_once, get_context("spawn"), *one_thread) as pool:
         for method in dict.fromkeys(spec.method for spec in runs):
             own = [spec for spec in runs if spec.method == method]
             copies = [own[-1]] * at_once
@@ -228,11 +229,6 @@ def bench_table3(dataset: str, seeds: int, device: torch.device) -> None:
         f"Table 3 on {dataset}: {len(runs)} runs would take "
         f"{total / at_once / 60:,.0f} min, {at_once} at once"
     )
-
-
-def pin() -> None:
-    """Give a process one core."""
-    torch.set_num_threads(1)
 
 
 def seconds_per_epoch(spec: Spec, device: torch.device) -> float:
