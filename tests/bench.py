@@ -214,8 +214,8 @@ def bench_table3(dataset: str, seeds: int, device: torch.device) -> None:
     runs = [spec for spec in runs if spec.noise != "asymmetric-swap"]
     at_once = (os.cpu_count() or 1) if device.type == "cpu" else 1
     total = 0.0
-    one_thread = torch.set_num_threads, (1,)
-    with ProcessPoolExecutor(at_once, get_context("spawn"), *one_thread) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(at_once, spawn, torch.set_num_threads, (1,)) as pool:
         for method in dict.fromkeys(spec.method for spec in runs):
             own = [spec for spec in runs if spec.method == method]
             copies = [own[-1]] * at_once
