@@ -27,6 +27,10 @@ from nlhelpers.training import (
 
 load = functools.lru_cache(maxsize=1)(datasets.load)
 
+# Forms of one step that a process compiles for a GPU. All losses share a step, and each
+# makes it another form; after torch's own 8 the rest would run uncompiled.
+FORMS = 64
+
 
 # The noisy labels (N,) int64 that a run is given for a data set, by the spec's noise
 
@@ -210,7 +214,10 @@ def run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     history, screening, label_accuracy, transition = [], None, [], None
-    with training.seeded(spec.seed, device) as generator:
+    with (
+        training.seeded(spec.seed, device) as generator,
+        torch.compiler.config.patch(recompile_limit=FORMS),
+    ):
         setup = Setup(spec.model, spec.recipe, generator)
         for event in method.run(seen, setup, **settings_of(spec)):
             if isinstance(event, Epoch):
