@@ -287,7 +287,7 @@ def main() -> None:
     bench_table3("mnist", 5, device)
     bench_table3("cifar10", 1, device)
     if device.type == "cuda":
-        bench_losses.bench(device, options.rounds)
+        bench_losses.bench(device)
     else:
         print("loss kernels: on a GPU only")
 
