@@ -227,7 +227,7 @@ def workers(count: int | None, scheduler: str | None) -> Iterator["Client | None
     with (
         dask.config.set(UNDISTURBED | environment),
         distributed.LocalCluster(
-            count, threads_per_worker=1, dashboard_address=None
+            count, threads_per_worker=1, dashboard_address="localhost:0"
         ) as cluster,
         distributed.Client(cluster) as client,
     ):

@@ -1,8 +1,10 @@
 """Grids go on where they were killed, and no record is lost or repeated."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,8 +218,11 @@ def test_a_killed_grid_goes_on_without_losing_or_repeating_a_record(path):
 
 @pytest.fixture(scope="module")
 def client():
-    with grids.workers(2, None) as client:
-        yield client
+    """Two workers, while another grid of this machine has its own."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # somebody has Dask's usual port already
+            stack.enter_context(socket.create_server(("", 8787)))
+        yield stack.enter_context(grids.workers(2, None))
 
 
 def test_workers_return_the_same_numbers(path, cpu, client, capsys):
