@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlhelpers import data, grids, profiles, records, report, training
+from nlhelpers import data, experiments, grids, profiles, records, report, training
 from nlhelpers.methods import METHODS
 from nlhelpers.models import MODELS
 from nlhelpers.noise import check_rate
@@ -224,6 +224,8 @@ def show_table(options: argparse.Namespace) -> None:
     found = grids.recorded(options.records)
     done = [record for spec, record in found.items() if spec in wanted]
     print(report.summary(done).to_string(index=False))
+    for record in experiments.stopped(done):
+        print(f"stopped: {experiments.spec_of(record)}: {record['stopped']}")
 
 
 def list_names(options: argparse.Namespace) -> None:

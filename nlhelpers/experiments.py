@@ -17,6 +17,7 @@ from nlhelpers.records import Record
 from nlhelpers.specs import CRAWLED_SETS, Spec
 from nlhelpers.training import (
     Correction,
+    DivergenceError,
     Epoch,
     Event,
     Recipe,
@@ -30,6 +31,9 @@ load = functools.lru_cache(maxsize=1)(datasets.load)
 # Forms of one step that a process compiles for a GPU. All losses share a step, and each
 # makes it another form; after torch's own 8 the rest would run uncompiled.
 FORMS = 64
+
+# What ends one run and says nothing of the next one.
+FAILURES = (ValueError, DivergenceError)
 
 
 # The noisy labels (N,) int64 that a run is given for a data set, by the spec's noise
@@ -249,6 +253,39 @@ def run(
     }
 
 
+def attempt(
+    spec: Spec,
+    device: torch.device,
+    *,
+    progress: Callable[[Event], None] = lambda event: None,
+) -> Record:
+    """`run`; but of a run that stops in the middle of training, a record that says so.
+
+    Such a record has the error's message as `stopped`, and no results.
+
+    Raises:
+        ValueError: for what a method refuses before it trains.
+    """
+    started, trained = time.perf_counter(), []
+
+    def noted(event: Event) -> None:
+        trained.append(True)
+        progress(event)
+
+    try:
+        return run(spec, device, progress=noted)
+    except FAILURES as error:
+        if not trained and isinstance(error, ValueError):
+            raise
+        return {
+            "spec": spec.as_dict(),
+            "recipe": spec.recipe.as_dict(),
+            "stopped": str(error),
+            "seconds": round(time.perf_counter() - started, 3),
+            **records.provenance(device, source(spec)),
+        }
+
+
 def settings_of(spec: Spec) -> dict[str, object]:
     """The method's settings; a "known" T is the one that the labels were drawn by."""
     known = {"T": transition_of(spec)} if knows_T(spec) else {}
@@ -347,10 +384,23 @@ def is_current(record: Record) -> bool:
 
 
 def latest(found: Iterable[Record]) -> list[Record]:
+    """Of each spec and device the record that counts, if the run came to its end.
+
+    It is the last one that today's code made, or else the last.
+    """
+    return [record for record in newest(found) if "stopped" not in record]
+
+
+def stopped(found: Iterable[Record]) -> list[Record]:
+    """Of each spec and device the record that counts, if the run stopped."""
+    return [record for record in newest(found) if "stopped" in record]
+
+
+def newest(found: Iterable[Record]) -> Iterable[Record]:
     """One record per spec and device: the last that today's code made, or the last."""
     chosen: dict[tuple[Spec | None, str], Record] = {}
     for record in found:
         key = spec_of(record), record["device"]
         if key not in chosen or is_current(record) or not is_current(chosen[key]):
             chosen[key] = record
-    return list(chosen.values())
+    return chosen.values()

@@ -22,13 +22,11 @@ from nlhelpers import experiments, records, training
 from nlhelpers.methods import METHODS
 from nlhelpers.records import Record
 from nlhelpers.specs import Spec
-from nlhelpers.training import Auxiliary, DivergenceError, Epoch, Event
+from nlhelpers.training import Auxiliary, Epoch, Event
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-# What ends one run and says nothing of the next one.
-FAILURES = (ValueError, DivergenceError)
 WAIT = 10  # seconds for a scheduler to answer
 
 # Dask looks after its workers up to a hundred times a second, and each look takes the
@@ -40,7 +38,8 @@ UNDISTURBED = {
     "distributed.admin.tick.interval": "1s",
 }
 
-# Runs with what came of them.
+# Runs with what came of them. What a method refuses, or what takes one worker after
+# the other down, leaves no record but an exception.
 Outcomes = Iterator[tuple[Spec, Record | Exception]]
 
 
@@ -70,7 +69,8 @@ def run_all(
     Under torchrun, all processes train each run together, and the first records it.
 
     Args:
-        specs: the runs; those in `path` that today's code made are not repeated.
+        specs: the runs; those in `path` that today's code made are not repeated, nor
+            are those that it had to stop.
         path: a .jsonl file.
         device: to train on; of workers, each takes its own of this kind.
         time_budget: seconds after which no further run is started.
@@ -81,19 +81,19 @@ def run_all(
         The records of `specs` in their order, as far as they exist.
 
     Raises:
-        GridError: in the end, if runs failed; of a single run, its own error.
+        GridError: in the end, if runs failed, now or as `path` says; of a single run
+            that is refused, its own error.
     """
     specs = list(specs)
     ends = math.inf if time_budget is None else time.perf_counter() + time_budget
     done = recorded(path)
     records.check_writable(path)
     first = training.is_first()
-    failed = {}
+    count, failed = len(set(specs)), {}
     with training.processes(device):
         todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
         todo = training.agreed(todo)
         if first:
-            count = len(set(specs))
             print(f"{count - len(todo)} of {count} runs are recorded in {path}")
         with progress_bar(todo, first) as bar:
 
@@ -110,21 +110,26 @@ def run_all(
                 if isinstance(outcome, Exception):
                     failed[spec] = outcome
                     bar.write(f"failed: {spec}: {outcome}")
-                else:
-                    done[spec] = outcome
-                    if first:
-                        records.append(path, outcome)
+                    continue
+                done[spec] = outcome
+                if first:
+                    records.append(path, outcome)
+                if "stopped" in outcome:
+                    bar.write(f"stopped: {spec}: {outcome['stopped']}")
             if left:
                 bar.write("The time budget is spent; the same command goes on later.")
-    if failed:
-        spec, error = next(iter(failed.items()))
-        if len(todo) == 1:
-            raise error
-        raise GridError(
-            f"{len(failed)} of {len(todo)} runs failed, the others are recorded; the "
-            f"first: {spec}: {error}"
-        ) from error
-    return [done[spec] for spec in specs if spec in done]
+    found = {spec: done[spec] for spec in specs if spec in done}
+    stopped = {s: run["stopped"] for s, run in found.items() if "stopped" in run}
+    if failed and len(todo) == 1:
+        raise failed[todo[0]]
+    if failed or stopped:
+        spec, why = next(iter({**failed, **stopped}.items()))
+        if spec in stopped:
+            why += f"; {path} says so, and without that line it is tried again"
+        rest = f"{len(failed) + len(stopped)} of {count} runs failed, the others are "
+        rest += "recorded; the first: "
+        raise GridError(f"{rest * (count > 1)}{spec}: {why}") from failed.get(spec)
+    return [found[spec] for spec in specs if spec in found]
 
 
 def recorded(path: Path) -> dict[Spec, Record]:
@@ -149,10 +154,10 @@ def in_turn(
         bar.set_description(str(spec))
         end = bar.n + expected_epochs(spec)
         try:
-            outcome = experiments.run(
+            outcome = experiments.attempt(
                 spec, device, progress=functools.partial(advance, bar)
             )
-        except FAILURES as error:
+        except ValueError as error:
             outcome = error
         yield spec, outcome
         bar.total += bar.n - end  # what was expected may not be what it took
@@ -279,7 +284,7 @@ def on_workers(
         spec = running.pop(future)
         outcome = outcome_of(future)
         if isinstance(outcome, Exception) and not isinstance(
-            outcome, (*FAILURES, KilledWorker)
+            outcome, (ValueError, KilledWorker)
         ):
             raise outcome
         bar.set_description(f"{len(running)} at once, last: {spec}")
@@ -295,7 +300,7 @@ def places(client: "Client") -> int:
 
 def run_here(spec: Spec, device: str) -> Record:
     """A run in a worker's own process, on its own device of a kind."""
-    return experiments.run(spec, training.pick_device(device))
+    return experiments.attempt(spec, training.pick_device(device))
 
 
 def outcome_of(future: "Future") -> Record | Exception:

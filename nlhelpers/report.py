@@ -1,7 +1,7 @@
 """Measured beside published: tables of records, and the parts of the figures."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -24,9 +24,10 @@ VERMILION, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MEASURED = (
     *("row", "column", "published", "published_std", "measured", "std", "difference"),
-    *("seeds", "profile", "device", "seconds", "current"),
+    *("seeds", "stopped", "profile", "device", "seconds", "current"),
 )
 RUN = ("row", "column", "profile", "device", "seed", "value")
+STOP = ("row", "column", "profile", "device", "seed", "why")
 GAINS = ("column", "over", "gain", "std", "seeds", "profile", "device")
 OTHER_CODE = "†"  # marks a value that other code than today's has measured
 AIRY = [  # of a table whose cells hold several lines: they wrap, and keep apart
@@ -77,9 +78,9 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     varying = ["model", "num_clean", "transition"]
     shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
     shown += ["realised", "seeds", "seconds", "profile", "device"]
-    if not done:
+    rows = pd.DataFrame([flat(record) for record in done if "stopped" not in record])
+    if rows.empty:
         return pd.DataFrame(columns=shown)
-    rows = pd.DataFrame([flat(record) for record in done])
     groups = rows.groupby(by + varying, sort=False, dropna=False)
     shown[2:2] = [name for name in varying if rows[name].nunique() > 1]
     return groups.agg(**columns).reset_index()[shown].round(2)
@@ -131,11 +132,13 @@ def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
 
     Returns:
         One line per cell and profile: row, column, published (percent), published_std,
-        measured (mean), std (over seeds), difference, seeds, profile, device, seconds
-        (mean of a run) and current (whether today's code made all of it).
+        measured (mean), std (over seeds), difference, seeds, stopped (how many seeds
+        have stopped with an error, on any device), profile, device, seconds (mean of a
+        run) and current (whether today's code made all of it).
     """
     lines = []
     by = ["row", "column", "profile", "device"]
+    stopped = stops_of(table, done).groupby(by[:3])["seed"].nunique()
     for names, part in runs_of(table, done).groupby(by, sort=False):
         lines.append(
             dict(zip(by, names, strict=True))
@@ -144,6 +147,7 @@ def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
                 "measured": part["value"].mean(),
                 "std": part["value"].std(),
                 "seeds": part["seed"].nunique(),
+                "stopped": stopped.get(names[:3], 0),
                 "seconds": part["seconds"].mean(),
                 "current": part["current"].all(),
             }
@@ -158,21 +162,23 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """Every cell of a published table, in its order: `measured`, and why not.
 
     Returns:
-        As `measured`, with NaN where nothing was run, and note: why not, else "".
+        As `measured`, with NaN where no run came to its end, and note: why, else "".
     """
+    places = ["row", "column"]
+    stops = stops_of(table, done).drop_duplicates(places).set_index(places)["why"]
     cells = pd.DataFrame(
         {
             "row": cell.row,
             "column": cell.column,
             "published": cell.value,
             "published_std": cell.std,
-            "note": cell.note or why_not_run(cell),
+            "note": stops.get((cell.row, cell.column), cell.note or why_not_run(cell)),
         }
         for cell in table.cells
     )
     cells = cells.astype({"published": float, "published_std": float})
     found = measured(table, done).drop(columns=["published", "published_std"])
-    whole = cells.merge(found, how="left", on=["row", "column"])
+    whole = cells.merge(found, how="left", on=places)
     whole["note"] = whole["note"].mask(whole["measured"].notna(), "")
     return whole
 
@@ -214,6 +220,8 @@ def cell_text(line: pd.Series) -> str:
     mark = "" if line["current"] else f" {OTHER_CODE}"
     seeds = f"{line['seeds']:.0f} seed{'s' if line['seeds'] > 1 else ''}"
     value = spread(line["measured"], line["std"])
+    if line["stopped"]:
+        seeds += f", {line['stopped']:.0f} stopped"
     where = f"{seeds}, {line['profile']}, {line['seconds']:.0f} s"
     return f"<b>{value}{mark}</b>{published}<br><small>{where}</small>"
 
@@ -240,21 +248,43 @@ def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
         `flat` of each record, with row, column, published, published_std and measured
         value of its cell.
     """
-    found: dict[Spec, list[Record]] = {}
-    for record in experiments.latest(done):
+    lines = []
+    for cell, record in of_cells(table, experiments.latest(done)):
+        line = flat(record)
+        place = {"row": cell.row, "column": cell.column}
+        place |= {"published": cell.value, "published_std": cell.std}
+        lines.append(line | place | {"value": line[cell.measure]})
+    return pd.DataFrame(lines, columns=list(lines[0]) if lines else RUN)
+
+
+def stops_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
+    """The runs of a table's cells that stopped with an error, one line each.
+
+    Returns:
+        row, column, profile, device, seed and why: "stopped: " and the error.
+    """
+    lines = [
+        {
+            **{"row": cell.row, "column": cell.column, "device": record["device"]},
+            **{name: record["spec"][name] for name in ("profile", "seed")},
+            "why": f"stopped: {record['stopped']}",
+        }
+        for cell, record in of_cells(table, experiments.stopped(done))
+    ]
+    return pd.DataFrame(lines, columns=STOP)
+
+
+def of_cells(table: Table, found: Sequence[Record]) -> Iterator[tuple[Cell, Record]]:
+    """Each cell of a table with each of its records, of any seed and profile."""
+    by_spec: dict[Spec, list[Record]] = {}
+    for record in found:
         spec = experiments.spec_of(record)
         if spec is not None:
             cell_spec = replace(spec, seed=0, profile="paper")
-            found.setdefault(cell_spec, []).append(flat(record))
-    lines = []
+            by_spec.setdefault(cell_spec, []).append(record)
     for cell in table.cells:
-        place = {"row": cell.row, "column": cell.column}
-        place |= {"published": cell.value, "published_std": cell.std}
-        lines += [
-            line | place | {"value": line[cell.measure]}
-            for line in found.get(cell.spec, ())
-        ]
-    return pd.DataFrame(lines, columns=list(lines[0]) if lines else RUN)
+        for record in by_spec.get(cell.spec, ()):
+            yield cell, record
 
 
 def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:

@@ -100,22 +100,70 @@ def fake_record(spec):
     }
 
 
-def test_a_diverging_run_does_not_stop_the_others(path, cpu, monkeypatch, capsys):
+@pytest.fixture
+def diverging(monkeypatch):
+    """The second stage of the two-stage method has no finite loss."""
     consistency = losses.consistency
-    monkeypatch.setattr(
-        losses, "consistency", lambda *given: consistency(*given) * float("nan")
-    )
-    specs = grid(SMOKE, method=["cross-entropy", "two-stage", "improved-baseline"])
-    why = r"nan at epoch 1, step 1 of .*stage 2"
-    with pytest.raises(GridError, match=f"1 of 3 runs failed.* two-stage, .*{why}"):
-        run_all(specs, path, cpu)
-    assert "failed: two-stage, digits" in "".join(capsys.readouterr())
-    found = [record["spec"]["method"] for record in records.read(path)]
-    assert found == ["cross-entropy", "improved-baseline"]
-    before = path.read_bytes()
-    monkeypatch.undo()
-    assert len(run_all(specs, path, cpu)) == 3
-    assert path.read_bytes().startswith(before)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            losses, "consistency", lambda *given: consistency(*given) * float("nan")
+        )
+        yield patched
+    records.source_hash.cache_clear()  # the patched loss has another
+
+
+TRIO = grid(SMOKE, method=["cross-entropy", "two-stage", "improved-baseline"])
+WHY = r"nan at epoch 1, step 1 of .*stage 2.*"
+
+
+def test_a_diverging_run_does_not_stop_the_others(path, cpu, diverging, capsys):
+    with pytest.raises(GridError, match=f"1 of 3 runs failed.* two-stage, .*{WHY}"):
+        run_all(TRIO, path, cpu)
+    assert "stopped: two-stage, digits" in "".join(capsys.readouterr())
+    assert list(recorded(path)) == TRIO
+
+
+def test_what_stopped_is_recorded_and_not_tried_again(
+    path, cpu, diverging, monkeypatch
+):
+    once = "; .*runs.jsonl says so, and without that line it is tried again"
+    with pytest.raises(GridError, match=WHY + once):
+        run_all(TRIO[1:2], path, cpu)
+    (record,) = records.read(path)
+    assert record["stopped"].startswith("the loss is nan at epoch 1")
+    assert record["spec"]["method"] == "two-stage"
+    assert record["seconds"] > 0
+    assert experiments.is_current(record)
+    assert experiments.stopped([record]) == [record]
+    assert experiments.latest([record]) == []
+    forbid_runs(monkeypatch)
+    with pytest.raises(GridError, match=WHY + once):
+        run_all(TRIO[1:2], path, cpu)
+    assert records.read(path) == [record]
+
+
+def test_what_stopped_is_tried_again_by_other_code(path, cpu, diverging):
+    with pytest.raises(GridError, match="1 of 3 runs failed"):
+        run_all(TRIO, path, cpu)
+    text = path.read_text().splitlines()
+    (stopped,) = (line for line in text if '"stopped"' in line)
+    older = json.loads(stopped) | {"source": "0" * 12}
+    path.write_text("".join(f"{line}\n" for line in text if line != stopped))
+    records.append(path, older)
+    diverging.undo()
+    found = run_all(TRIO, path, cpu)
+    assert [Spec(**record["spec"]) for record in found] == TRIO
+    assert len(lines(path)) == 4
+    assert experiments.stopped(records.read(path)) == []  # today's code counts
+
+
+def test_what_is_refused_leaves_no_record(path, cpu):
+    wrong = Spec("two-stage", profile="smoke", settings={"threshold": 1.5})
+    with pytest.raises(ValueError, match=r"^threshold is 1\.5; it must be"):
+        run_all([wrong], path, cpu)
+    with pytest.raises(GridError, match=r"1 of 2 runs failed.*threshold is 1\.5"):
+        run_all([SMOKE, wrong], path, cpu)
+    assert list(recorded(path)) == [SMOKE]
 
 
 def test_a_missing_data_set_stops_at_once(path, cpu, monkeypatch):

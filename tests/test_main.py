@@ -260,14 +260,20 @@ def test_records_under_a_file_are_one_error(run, path, capsys):
     assert f"cannot write records to {path}" in capsys.readouterr().err
 
 
-def test_divergence_is_one_error_and_leaves_the_records(run, path, monkeypatch, capsys):
+def test_divergence_is_one_error_and_one_record(run, path, monkeypatch, capsys):
     assert run() == 0
     before = path.read_bytes()
-    monkeypatch.setattr(losses, "consistency", lambda z1, z2: z1.sum(1) * math.nan)
-    assert run("--method", "two-stage") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the loss is nan at epoch 1, step 1 of")
-    assert path.read_bytes() == before
+    with monkeypatch.context() as patched:
+        patched.setattr(losses, "consistency", lambda z1, z2: z1.sum(1) * math.nan)
+        assert run("--method", "two-stage") == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: two-stage, digits, symmetric 0.2, seed 0: ")
+        assert "the loss is nan at epoch 1, step 1 of" in error
+        assert path.read_bytes().startswith(before)
+        assert run("--method", "two-stage", command="show") == 0
+        assert "stopped: two-stage, digits" in capsys.readouterr().out
+    records.source_hash.cache_clear()  # the patched loss has another
+    assert len(report.summary(records.read(path))) == 1
 
 
 @pytest.mark.parametrize(

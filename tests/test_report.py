@@ -36,6 +36,13 @@ def record(accuracy, **changes):
     }
 
 
+def stopped(**changes):
+    """A record of a run that stopped, as `experiments.attempt` makes it."""
+    whole = record(0.0, **changes)
+    kept = {name: whole[name] for name in ("spec", "recipe", "source", "seconds")}
+    return kept | {"device": "a GPU", "stopped": "rho is 0.6; that is too much"}
+
+
 def test_measured_means_and_spread_over_seeds():
     done = [record(0.90, seed=0), record(0.94, seed=1), record(0.5, num_clean=5)]
     (line,) = report.measured(TABLE, done).to_dict("records")
@@ -49,6 +56,27 @@ def test_measured_means_and_spread_over_seeds():
 def test_a_run_made_again_counts_once():
     (line,) = report.measured(TABLE, [record(0.5), record(0.9)]).to_dict("records")
     assert (line["seeds"], line["measured"]) == (1, pytest.approx(90))
+
+
+def test_what_stopped_is_counted_and_shown_beside_what_did_not():
+    done = [record(0.9), stopped(seed=1), stopped(seed=2), stopped(profile="quick")]
+    (line,) = report.measured(TABLE, done).to_dict("records")
+    assert (line["measured"], line["seeds"], line["stopped"]) == (90, 1, 2)
+    shown = report.at_a_glance(report.complete(TABLE, done)).data
+    assert "1 seed, 2 stopped, paper, 10 s" in shown.loc["ours", "a"]
+    assert report.summary(done)["seeds"].tolist() == [1]
+
+
+def test_a_cell_whose_runs_all_stopped_says_why():
+    whole = report.complete(TABLE, [stopped(seed=1), record(0.9, noise_rate=0.2)])
+    why = "stopped: rho is 0.6; that is too much"
+    assert whole["note"].tolist() == [why, "", "it is theirs"]
+    assert f"<small>{why}" in report.at_a_glance(whole).data.loc["ours", "a"]
+
+
+def test_a_run_that_stopped_before_and_ends_today_counts():
+    done = [stopped(), record(0.9) | {"device": "a GPU"}]
+    assert report.measured(TABLE, done)["stopped"].tolist() == [0]
 
 
 def test_profiles_are_not_mixed():
