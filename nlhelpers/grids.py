@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 WAIT = 10  # seconds for a scheduler to answer
+EPOCHS = Epoch, Auxiliary  # what moves the bar
 
 # Dask looks after its workers up to a hundred times a second, and each look takes the
 # interpreter from a run of small steps: a tenth of the time in all. Once a second is
@@ -181,10 +183,9 @@ def expected_epochs(spec: Spec) -> int:
 
 def advance(bar: tqdm, event: Event) -> None:
     """Move the bar by one epoch."""
-    if isinstance(event, Auxiliary):
-        bar.update()
     if isinstance(event, Epoch):
         bar.set_postfix(val=f"{event.val_accuracy:.3f}", refresh=False)
+    if isinstance(event, EPOCHS):
         bar.update()
 
 
@@ -268,29 +269,38 @@ def on_workers(
     """
     from distributed import KilledWorker, as_completed
 
-    waiting, running = iter(todo), {}
-    finished = as_completed()
+    waiting, running, epochs = iter(todo), {}, Counter()
+    finished, topic = as_completed(), f"epochs for {client.id}"
 
     def start_more() -> None:
         free = max(0, places(client) - len(running)) if in_time() else 0
         for spec in itertools.islice(waiting, free):
-            future = client.submit(run_here, spec, device.type, pure=False)
+            future = client.submit(run_here, spec, device.type, topic, pure=False)
             running[future] = spec
             finished.add(future)
+        bar.set_description(f"{len(running)} at once")
+
+    def count(event: tuple[float, str]) -> None:
+        epochs[event[1]] += 1
+        bar.update()
 
     client.wait_for_workers(1)
-    start_more()
-    for future in finished:
-        spec = running.pop(future)
-        outcome = outcome_of(future)
-        if isinstance(outcome, Exception) and not isinstance(
-            outcome, (ValueError, KilledWorker)
-        ):
-            raise outcome
-        bar.set_description(f"{len(running)} at once, last: {spec}")
-        bar.update(expected_epochs(spec))
-        yield spec, outcome
+    client.subscribe_topic(topic, count)
+    try:
         start_more()
+        for future in finished:
+            spec = running.pop(future)
+            outcome = outcome_of(future)
+            if isinstance(outcome, Exception) and not isinstance(
+                outcome, (ValueError, KilledWorker)
+            ):
+                raise outcome
+            # What was expected may not be what it took.
+            bar.total += epochs[future.key] - expected_epochs(spec)
+            yield spec, outcome
+            start_more()
+    finally:
+        client.unsubscribe_topic(topic)
 
 
 def places(client: "Client") -> int:
@@ -298,9 +308,21 @@ def places(client: "Client") -> int:
     return sum(client.nthreads().values())
 
 
-def run_here(spec: Spec, device: str) -> Record:
-    """A run in a worker's own process, on its own device of a kind."""
-    return experiments.attempt(spec, training.pick_device(device))
+def run_here(spec: Spec, device: str, topic: str) -> Record:
+    """A run in a worker's own process, on its own device of a kind.
+
+    Its epochs are told under the topic, by the key that the scheduler has for the run.
+    """
+    from distributed import get_worker
+
+    worker = get_worker()
+    key = worker.get_current_task()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, EPOCHS):
+            worker.log_event(topic, key)
+
+    return experiments.attempt(spec, training.pick_device(device), progress=tell)
 
 
 def outcome_of(future: "Future") -> Record | Exception:

@@ -295,6 +295,32 @@ def test_a_failure_on_a_worker_does_not_stop_the_others(path, cpu, client):
     assert len(lines(path)) == 2
 
 
+class Bar:
+    """What `on_workers` does to a progress bar, each time with n and the total."""
+
+    def __init__(self, total):
+        self.n, self.total, self.seen = 0, total, []
+
+    def update(self):
+        self.n += 1
+
+    def set_description(self, text):
+        self.seen.append((text, self.n, self.total))
+
+
+def test_the_epochs_of_workers_move_the_bar(cpu, client):
+    """A known T saves one of the two trainings that forward correction has."""
+    longer = Spec("forward", profile="smoke", settings={"T": "known"})
+    specs = [longer, *grid(SMOKE, seed=range(2))]
+    bar = Bar(sum(map(grids.expected_epochs, specs)))
+    assert bar.total == 4 + 2 + 2
+    outcomes = grids.on_workers(specs, client, cpu, bar, lambda: True)
+    assert [spec in specs for spec, _ in outcomes] == [True] * 3
+    assert [text for text, _, _ in bar.seen] == [f"{n} at once" for n in (2, 2, 1, 0)]
+    assert bar.seen[0][1:] == (0, 8)
+    assert bar.seen[-1][1:] == (6, 6)
+
+
 def test_workers_are_left_undisturbed(client):
     def surroundings():
         import dask
