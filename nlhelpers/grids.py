@@ -317,12 +317,17 @@ def run_here(spec: Spec, device: str, topic: str) -> Record:
 
     worker = get_worker()
     key = worker.get_current_task()
+    # The workers of this machine have numbers; those of others have names.
+    number = worker.name if isinstance(worker.name, int) else None
+    own = training.pick_device(device, number)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
 
     def tell(event: Event) -> None:
         if isinstance(event, EPOCHS):
             worker.log_event(topic, key)
 
-    return experiments.attempt(spec, training.pick_device(device), progress=tell)
+    return experiments.attempt(spec, own, progress=tell)
 
 
 def outcome_of(future: "Future") -> Record | Exception:

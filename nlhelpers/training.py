@@ -384,10 +384,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
         yield torch.Generator(device=device).manual_seed(given)
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", number: int | None = None) -> torch.device:
     """The device by name: "auto" takes a GPU if there is one.
 
-    Of several processes on a machine, each takes the GPU of its number.
+    Of several processes on a machine, each takes the GPU of its number; where there are
+    more processes than GPUs, they share them evenly.
+
+    Args:
+        name: "auto", "cpu" or "cuda".
+        number: of this process on its machine; None is what torchrun says, if it runs.
 
     Raises:
         ValueError: for another name, or for "cuda" on a machine without one.
@@ -399,9 +404,13 @@ def pick_device(name: str = "auto") -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ValueError("device is 'cuda', but torch finds no GPU here; use 'cpu'")
-    number = os.environ.get("LOCAL_RANK")
-    gpu = "cuda" if number is None else f"cuda:{number}"
-    return torch.device(gpu if found else "cpu")
+    if not found:
+        return torch.device("cpu")
+    if number is None:
+        number = os.environ.get("LOCAL_RANK")
+    if number is None:
+        return torch.device("cuda")
+    return torch.device("cuda", int(number) % torch.cuda.device_count())
 
 
 def is_first() -> bool:

@@ -321,6 +321,11 @@ def test_the_epochs_of_workers_move_the_bar(cpu, client):
     assert bar.seen[-1][1:] == (6, 6)
 
 
+def test_workers_have_numbers_for_the_gpus_of_a_machine(client):
+    names = client.run(lambda dask_worker: dask_worker.name).values()
+    assert sorted(names) == [0, 1]
+
+
 def test_workers_are_left_undisturbed(client):
     def surroundings():
         import dask

@@ -298,7 +298,16 @@ def test_devices(monkeypatch):
             training.pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert training.pick_device("auto") == torch.device("cuda")
-    assert training.pick_device("cpu") == torch.device("cpu")
+    assert training.pick_device("cpu", 1) == torch.device("cpu")
+
+
+def test_processes_share_the_gpus_evenly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [training.pick_device("cuda", number).index for number in range(4)]
+    assert found == [0, 1, 0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as torchrun does
+    assert training.pick_device() == torch.device("cuda:1")
 
 
 def test_bf16_is_for_convolutions_alone_on_a_cpu(monkeypatch, cpu):
