@@ -65,6 +65,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
 
     Accuracies and rates are in percent; `std` is the sample standard deviation over the
     seeds, NaN for one seed. Network, clean set and T have a column where they differ.
+    Runs that stopped are left out.
     """
     columns = {
         "last": ("last_accuracy", "mean"),
