@@ -91,11 +91,12 @@ def run_all(
     done = recorded(path)
     records.check_writable(path)
     first = training.is_first()
-    count, failed = len(set(specs)), {}
+    failed = {}
     with training.processes(device):
         todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
         todo = training.agreed(todo)
         if first:
+            count = len(set(specs))
             print(f"{count - len(todo)} of {count} runs are recorded in {path}")
         with progress_bar(todo, first) as bar:
 
@@ -121,17 +122,33 @@ def run_all(
             if left:
                 bar.write("The time budget is spent; the same command goes on later.")
     found = {spec: done[spec] for spec in specs if spec in done}
-    stopped = {s: run["stopped"] for s, run in found.items() if "stopped" in run}
-    if failed and len(todo) == 1:
-        raise failed[todo[0]]
-    if failed or stopped:
-        spec, why = next(iter({**failed, **stopped}.items()))
-        if spec in stopped:
-            why += f"; {path} says so, and without that line it is tried again"
-        rest = f"{len(failed) + len(stopped)} of {count} runs failed, the others are "
-        rest += "recorded; the first: "
-        raise GridError(f"{rest * (count > 1)}{spec}: {why}") from failed.get(spec)
+    check_all_ended(found, failed, path)
     return [found[spec] for spec in specs if spec in found]
+
+
+def check_all_ended(
+    found: dict[Spec, Record], failed: dict[Spec, Exception], path: Path
+) -> None:
+    """Raise GridError if some of a grid's runs stopped or failed.
+
+    Args:
+        found: records of runs, in `path`, stopped ones among them.
+        failed: runs without a record; if one was all there was, its error is raised.
+        path: a .jsonl file.
+    """
+    stopped = {spec: run["stopped"] for spec, run in found.items() if "stopped" in run}
+    if not failed and not stopped:
+        return
+    count = len(found) + len(failed)
+    spec, why = next(iter({**failed, **stopped}.items()))
+    if failed and count == 1:
+        raise why
+    if spec in stopped:
+        why += f"; {path} says so, and without that line it is tried again"
+    several = f"{len(failed) + len(stopped)} of {count} runs failed, the others are "
+    several += "recorded; the first: "
+    message = f"{several if count > 1 else ''}{spec}: {why}"
+    raise GridError(message) from failed.get(spec)
 
 
 def recorded(path: Path) -> dict[Spec, Record]:
