@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import adagrad, optimizer
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
 from nlhelpers import batches as drawn
@@ -24,6 +25,13 @@ from nlhelpers.data import NoisyData
 
 # (model, index (B,), *views of the images (B, C, H, W)) -> scalar loss.
 Step = Callable[..., Tensor]
+
+if torch.__version__ < (2, 12):
+    # It has the kernel of a fused Adagrad for a GPU, but its Python refuses to use it:
+    # https://github.com/pytorch/pytorch/pull/177672
+    adagrad._device_dtype_check_for_fused = lambda parameter, **without_gpu: (
+        optimizer._device_dtype_check_for_fused(parameter)
+    )
 
 
 class DivergenceError(RuntimeError):

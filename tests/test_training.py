@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nlhelpers import batches, experiments, losses, models, training
 from nlhelpers.specs import Spec
@@ -99,9 +100,13 @@ def plain_steps(optimiser, x, gradients, rate, momentum, decay):
     return x
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("optimiser", ["sgd", "adagrad", "adam"])
-def test_optimisers_against_their_published_rules(optimiser):
-    model = nn.Linear(1, 1, bias=False)
+def test_optimisers_against_their_published_rules(optimiser, device):
+    model = nn.Linear(1, 1, bias=False, device=device)
     model.weight.data.fill_(2.0)
     recipe = Recipe(
         1, optimiser=optimiser, learning_rate=0.1, momentum=0.8, weight_decay=0.01
@@ -109,10 +114,22 @@ def test_optimisers_against_their_published_rules(optimiser):
     found = training.make_optimiser(model, recipe)
     gradients = [1.0, -0.5, 2.0, 0.25]
     for gradient in gradients:
-        model.weight.grad = torch.full((1, 1), gradient)
+        model.weight.grad = torch.full((1, 1), gradient, device=device)
         found.step()
     expected = plain_steps(optimiser, 2.0, gradients, 0.1, 0.8, 0.01)
     assert model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adagrad", "adam"])
+def test_fused_optimisers_take_parameters_on_a_gpu(optimiser, monkeypatch):
+    called = []
+    kernel = f"_fused_{optimiser}_"
+    monkeypatch.setattr(torch, kernel, lambda *args, **kwargs: called.append(kernel))
+    with FakeTensorMode():  # shapes and devices without numbers
+        model = nn.Linear(2, 2, bias=False, device="cuda")
+        model.weight.grad = torch.ones_like(model.weight)
+        training.make_optimiser(model, Recipe(1, optimiser=optimiser)).step()
+    assert called == [kernel]
 
 
 def test_rate_falls_after_the_named_epochs(prepared, make_setup):
