@@ -155,7 +155,9 @@ class ImageFiles:
         workers = self.workers
         if workers is None:
             workers = cores() if sum(map(len, names)) > FEW else 0
-        workers = min(workers, len(names)) if len(names) > 1 else 0
+        if len(names) < 2 or multiprocessing.current_process().daemon:
+            workers = 0  # a daemon, as Dask's workers are, may not start a process
+        workers = min(workers, len(names))
         results = DataLoader(
             work,
             sampler=names,

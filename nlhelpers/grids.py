@@ -244,11 +244,17 @@ def workers(count: int | None, scheduler: str | None) -> Iterator["Client | None
             yield client
         return
     threads = max(1, (os.cpu_count() or 1) // count)
-    # Instead of Dask's own, by which malloc gives memory back at every step and MKL has
-    # one thread.
-    environment = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": threads}}
+    own = {
+        # Instead of Dask's own, by which malloc gives memory back at every step and MKL
+        # has one thread. For a GPU, each compiles in as many processes.
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": threads,
+            "TORCHINDUCTOR_COMPILE_THREADS": threads,
+        },
+        "distributed.worker.daemon": False,  # it may have processes that read images
+    }
     with (
-        dask.config.set(UNDISTURBED | environment),
+        dask.config.set(UNDISTURBED | own),
         distributed.LocalCluster(
             count, threads_per_worker=1, dashboard_address="localhost:0"
         ) as cluster,

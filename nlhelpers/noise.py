@@ -333,8 +333,8 @@ def accuracy_ceiling(transition: Tensor, class_shares: Tensor) -> float:
     """Best accuracy of a classifier that follows balanced noisy labels.
 
     Once the classes of the noisy labels are balanced, the most likely noisy label of a
-    true class i is argmax_j T[i, j] / p(noisy j). Where that is not i, no amount of
-    data shows the mistake, and the whole class is lost.
+    true class i is argmax_j T[i, j] / p(noisy j). Where that is not i, the whole class
+    is lost, and more such labels do not help.
 
     Args:
         transition: T (K, K).

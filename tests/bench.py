@@ -246,7 +246,10 @@ def seconds_per_epoch(spec: Spec, device: torch.device) -> float:
     seen, truth = first(seen, share), first(truth, share)
     recipe = replace(spec.recipe, epochs=3 if device.type == "cpu" else 12)
     took, before = [], None
-    with training.seeded(0, device) as generator:
+    with (
+        training.seeded(0, device) as generator,
+        torch.compiler.config.patch(recompile_limit=experiments.FORMS),
+    ):
         for event in METHODS[spec.method].run(
             seen, Setup(spec.model, recipe, generator)
         ):

@@ -113,6 +113,16 @@ def test_split_is_the_same_with_workers(images, whole):
     assert torch.equal(found, whole)
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_a_daemon_reads_by_itself(images, whole, monkeypatch):
+    config = multiprocessing.current_process()._config
+    monkeypatch.setitem(config, "daemon", True)
+    with pytest.raises(AssertionError, match="daemonic processes are not allowed"):
+        multiprocessing.Process().start()
+    found = torch.cat(list(replace(images, workers=2).split(5)))
+    assert torch.equal(found, whole)
+
+
 def test_subsets(images, whole):
     order = torch.tensor([7, 2, 2, -1])
     mask = torch.arange(COUNT) % 3 == 1

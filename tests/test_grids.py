@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -336,6 +337,11 @@ def test_workers_are_left_undisturbed(client):
         assert settings == list(grids.UNDISTURBED.values())
         added = environment.keys() - AT_START.keys()
         assert added.isdisjoint({"MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS"})
+
+
+def test_workers_may_read_photographs_in_processes_of_their_own(client):
+    daemons = client.run(lambda: multiprocessing.current_process().daemon)
+    assert set(daemons.values()) == {False}
 
 
 def test_the_time_budget_of_workers(path, cpu, client, capsys):

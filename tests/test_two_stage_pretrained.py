@@ -64,7 +64,7 @@ def test_networks_start_where_the_pretraining_ended(prepared, make_setup, seeded
         assert stage == "rotation" or not same.get(last, False)
 
 
-def test_alpha_stays_the_same(prepared, make_setup, seeded, monkeypatch):
+def test_pi_model_with_a_steady_alpha(prepared, make_setup, seeded, monkeypatch):
     seen, _ = prepared
     given = {}
 
@@ -76,7 +76,7 @@ def test_alpha_stays_the_same(prepared, make_setup, seeded, monkeypatch):
     module = "nlhelpers.methods.two_stage_pretrained.two_stage"
     monkeypatch.setattr(module, two_stage)
     list(METHODS["two-stage-pretrained"].run(seen, make_setup()))
-    assert given == {"alpha": 100.0, "fixed_alpha": True}
+    assert given == {"consistency": "pi", "alpha": 100.0, "fixed_alpha": True}
 
 
 def test_finetune_needs_a_clean_set(prepared, make_setup):

@@ -18,7 +18,9 @@ from nlhelpers import batches, losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.training import Event, Screening, Setup
 
-# Laine and Aila (2017): of 300 epochs, the weight rises for 80 and falls for 50.
+# Of 300 epochs, the weight of Laine and Aila (2017) rises for 80, and their learning
+# rate falls for the last 50. By that curve we let the weight fall: section 3.2 has a
+# "ramp-down" of it, and does not say which.
 RAMP_UP, RAMP_DOWN = 80 / 300, 50 / 300
 # Their largest weights, for the squared difference averaged over the classes.
 LARGEST = {"temporal": 30.0, "pi": 100.0}
@@ -249,7 +251,7 @@ def stage2(
 
 
 class Balance:
-    """alpha of Eq. 2: constant, or Laine and Aila's ramps over the epochs."""
+    """alpha of Eq. 2: constant, or up and down by Laine and Aila's ramps."""
 
     def __init__(
         self, largest: float, fixed: bool, epochs: int, device: torch.device
@@ -265,8 +267,8 @@ class Balance:
     def at(self, epoch: int) -> float:
         """The value in an epoch, counted from 1; 0 in the first where it ramps up.
 
-        It rises as exp(-5 (1 - t)^2) and falls as exp(-12.5 t^2), t in [0, 1] over the
-        ramp (Laine and Aila 2017, section 2.3).
+        It rises as exp(-5 (1 - t)^2), as in Laine and Aila (2017), and falls as their
+        learning rate does, exp(-12.5 t^2), t in [0, 1] over the ramp.
         """
         if self.fixed:
             return self.largest

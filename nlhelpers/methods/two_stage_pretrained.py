@@ -1,7 +1,8 @@
 """The two-stage method as on Clothing1M: Ding et al. (2018), section 4.3 and Table 4.
 
-Networks start from weights that were learnt without these labels, alpha stays the same,
-and in the end the network may be fine-tuned on the clean set.
+Networks start from weights that were learnt without these labels, outputs are compared
+by the Pi model (section 3.2; the introduction says temporal ensembling), alpha stays
+the same, and in the end the network may be fine-tuned on the clean set.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def two_stage_pretrained(
     check_finetune(data, finetune)
     started = yield from begun(data, setup, start_pretrained=True)
     stages = data if screen else with_clean(data, slice(0))
-    for event in two_stage(stages, started, alpha=alpha, fixed_alpha=True):
+    steady = {"consistency": "pi", "alpha": alpha, "fixed_alpha": True}
+    for event in two_stage(stages, started, **steady):
         yield event
         if isinstance(event, Epoch):
             network = event.model
