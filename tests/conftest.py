@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 
-from nlhelpers import experiments, training
+from nlhelpers import experiments, records, training
 from nlhelpers.specs import Spec
 from nlhelpers.training import Recipe, Setup
 
@@ -35,6 +35,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+
+
+@pytest.fixture(autouse=True)
+def fresh_hashes():
+    """No source hash from a test that has patched the code behind it."""
+    records.source_hash.cache_clear()
 
 
 @pytest.fixture

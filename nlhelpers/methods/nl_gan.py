@@ -218,11 +218,12 @@ class Game:
         if targets is not None:
             with precision, still(self.players.D):
                 loss, fake = self.loss_G(z, targets)
+            fake = fake.clone()  # a CUDA graph reuses its output
             descend(self.adam_G, loss)
         with precision:
             loss = self.loss_D(real, fake)
         descend(self.adam_D, loss)
-        return loss.detach().clone()  # a CUDA graph reuses its output
+        return loss.detach().clone()  # likewise
 
     def loss_G(self, z: Tensor, targets: Deltas) -> tuple[Tensor, Tensor]:
         """L_GP + L_GN of Eq. 4, and the images (B, C, H, W), half by each generator."""
