@@ -213,7 +213,8 @@ def symmetric_cross_entropy(
 ) -> Tensor:
     """Alpha times cross-entropy and beta times its reverse (Wang et al. 2019, Eq. 7).
 
-    The reverse, -sum_k p_k log y_k with A for log 0, is -A (1 - p_y).
+    The reverse, -sum_k p_k log y_k with A for log 0, is -A (1 - p_y). The paper's A is
+    -4; the authors' code has log 0.0001, which is -9.2.
 
     Args:
         logits: (N, K), of which p is the softmax.

@@ -240,6 +240,15 @@ def one_of_many(start: Barrier) -> None:
 
 def seconds_per_epoch(spec: Spec, device: torch.device) -> float:
     """What an epoch of a run takes with its evaluation, from some on fewer images."""
+    try:
+        return timed(spec, device)
+    except Exception:
+        START.abort()  # else all others wait for this process
+        raise
+
+
+def timed(spec: Spec, device: torch.device) -> float:
+    """What `seconds_per_epoch` says; processes wait until all have compiled."""
     _, count = SIZES[spec.model]
     seen, truth = experiments.data_for(spec, device)
     share = min(1.0, count / len(seen.labels))

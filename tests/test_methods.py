@@ -553,16 +553,20 @@ class Graphs:
             for tensor in outputs if isinstance(outputs, tuple) else [outputs]:
                 self.returned.append(tensor)
                 if tensor.requires_grad:
-                    self.due.add(id(tensor))
-                    tensor.register_hook(lambda _, of=id(tensor): self.due.discard(of))
+                    self.wait_for_backward(tensor)
             return outputs
 
         return graph
 
+    def wait_for_backward(self, tensor):
+        key = id(tensor)
+        self.due.add(key)
+        tensor.register_hook(lambda gradient: self.due.discard(key))
+
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_step_is_one_graph_with_the_same_losses(run, cpu, monkeypatch):
-    """What a GPU compiles, without one: no break, no other numbers, none overwritten."""
+    """What a GPU compiles, without one: no break, and no number is overwritten."""
     plain = experiments.run(spec_of(run), cpu)
     monkeypatch.setattr(training, "compiled", Graphs().compiled)
     compiled = experiments.run(spec_of(run), cpu)

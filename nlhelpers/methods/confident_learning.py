@@ -3,7 +3,7 @@
 Networks that never saw an image say how probable each class is. An image counts for a
 class if it is at least as probable as it is on average among those labelled so. How
 often that class is another one than the label says how many labels are wrong, and which
-way; so many are left out, the least probable first, and a fresh network is trained on
+way; so many are left out, the most doubtful first, and a fresh network is trained on
 the rest. With two classes it is Rank Pruning in another form (`rank_pruning`).
 
 Symbols: y_noisy, y_true = the label as given and the true one (in the paper y with a

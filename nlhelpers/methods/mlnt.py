@@ -60,7 +60,7 @@ def mlnt(
         rho: share of the batch that gets another label in each set.
         neighbours: from how many of the most similar images of the batch it may come.
         alpha: in units of the recipe's learning rate, which it equals on CIFAR-10.
-        eta: at its largest.
+        eta: at its largest; the authors' 1 is that of the smaller J.
         ramp: share of all steps in which eta rises.
         memory: steps that the teacher remembers, 1 / (1 - gamma), as a share of all.
         start_pretrained: whether all networks start pretrained, as on photographs.
