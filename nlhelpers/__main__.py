@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import contextlib
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +36,19 @@ EXPECTED = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for an error, 2 for usage."""
+    """Run the command line; returns the exit status: 0, 1 for an error, 2 for usage.
+
+    130 is for Ctrl-C.
+    """
     options = parser().parse_args(arguments)
     try:
         options.command(options)
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -58,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add_grid(run)
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument(
-        "--time-budget", type=float, metavar="MINUTES", help="start no run after this"
+        "--time-budget", type=minutes, metavar="MINUTES", help="start no run after this"
     )
     run.add_argument(
         "--workers", type=int, metavar="N", help="processes that run at once (Dask)"
@@ -66,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--scheduler", metavar="ADDRESS", help="of a Dask scheduler with its workers"
     )
-    show = commands.add_parser("show", help="show records beside the published values")
+    show = commands.add_parser("show", help="print records, and run nothing")
     show.set_defaults(command=show_table)
     add_grid(show)
     names = commands.add_parser("list", help="list all names")
@@ -103,7 +111,23 @@ def add_grid(command: argparse.ArgumentParser) -> None:
 
 def rate(text: str) -> float | None:
     """A noise rate, or None for labels that have their own."""
-    return None if text.lower() == "none" else float(text)
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate; it must be a number in [0, 1], or None for labels "
+            "that have their own"
+        ) from None
+
+
+def minutes(text: str) -> float:
+    """A number of 0 or more."""
+    with contextlib.suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, 0 or more")
 
 
 def specs(options: argparse.Namespace) -> list[Spec]:
@@ -199,9 +223,13 @@ def setting(text: str) -> tuple[str, object]:
 def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
     """T from a file of K lines with K comma-separated numbers."""
     try:
-        rows = np.loadtxt(path, delimiter=",", ndmin=2)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--transition: {path}: {error}") from error
+        with warnings.catch_warnings(action="error"):  # of a file without numbers
+            rows = np.loadtxt(path, delimiter=",", ndmin=2)
+    except (OSError, ValueError, UserWarning) as error:
+        raise ValueError(
+            f"--transition: {path}: {error}; it must hold K lines of K numbers, "
+            "separated by commas"
+        ) from error
     return tuple(map(tuple, rows.tolist()))
 
 
@@ -223,6 +251,9 @@ def show_table(options: argparse.Namespace) -> None:
     wanted = set(specs(options))
     found = grids.recorded(options.records)
     done = [record for spec, record in found.items() if spec in wanted]
+    if not done:
+        print(f"{options.records} has no record of these runs by today's code")
+        return
     print(report.summary(done).to_string(index=False))
     for record in experiments.stopped(done):
         print(f"stopped: {experiments.spec_of(record)}: {record['stopped']}")

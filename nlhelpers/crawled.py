@@ -130,10 +130,19 @@ def check_names(path: Path, names: Sequence[str], number: int) -> tuple[str, ...
 # Leaving out what is damaged
 
 
-def without_broken(parts: Mapping[str, Part], thorough: bool) -> dict[str, Part]:
+def without_broken(
+    parts: Mapping[str, Part],
+    thorough: bool,
+    advice: str = "unpack the published archives again",
+) -> dict[str, Part]:
     """The parts less their missing and damaged images, of which one warning tells.
 
     An image in two parts counts twice.
+
+    Args:
+        parts: by name.
+        thorough: whether every image is decoded, and not its header only.
+        advice: what to do if they are too many.
 
     Raises:
         DataError: if they are more than 1 % of all.
@@ -146,7 +155,7 @@ def without_broken(parts: Mapping[str, Part], thorough: bool) -> dict[str, Part]
         [os.fsdecode(name) for name in lost],
         total,
         f"images under {root} are missing or damaged",
-        "unpack the published archives again",
+        advice,
     )
     return {name: part[~broken[name]] for name, part in parts.items()}
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import binary, evaluation, noise, profiles, records, training
+from nlhelpers import binary, evaluation, folder, noise, profiles, records, training
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS, loss_correction
@@ -337,10 +338,13 @@ def precision_of(model: nn.Module, device: torch.device) -> str:
 
 
 def source(spec: Spec) -> str:
-    """Hash of the code that makes a run's numbers; the record holds spec and recipe."""
+    """Hash of what makes a run's numbers besides spec and recipe, which a record holds.
+
+    That is the code, and of a folder of one's own also which images lie in it.
+    """
     loaders = datasets.DATASETS | {name: s.load for name, s in CRAWLED_SETS.items()}
     of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
-    return records.source_hash(
+    code = records.source_hash(
         METHODS[spec.method].run,
         MODELS[spec.model],
         source_of_data(spec),
@@ -355,6 +359,9 @@ def source(spec: Spec) -> str:
         evaluation.screened,
         besides=(Spec, Recipe),
     )
+    if spec.dataset != folder.NAME:
+        return code
+    return hashlib.sha256((code + folder.fingerprint()).encode()).hexdigest()[:12]
 
 
 def spec_of(record: Record) -> Spec | None:

@@ -29,7 +29,7 @@ LAYOUT = torch.channels_last
 PIECE = 64  # files that a worker reads for one answer; few, to keep memory low
 FEW = 512  # files that are read here in less time than workers take to start
 # Kinds of pictures that are opened. PIL knows others, some of which start programs.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+FORMATS = ("JPEG", "PNG", "PPM", "GIF", "BMP", "WEBP", "TIFF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,12 +301,12 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is missing; put it there, or leave it out of the list"
+            f"{path} is missing; put it there, or take it out of its list, if any"
         ) from error
     except Exception as error:  # PIL has a dozen ways to say that a file is damaged
         raise DataError(
             f"{path} is damaged or no picture ({error}); put the right file there, or "
-            "leave it out of the list"
+            "remove it, and from its list, if any"
         ) from error
 
 

@@ -6,6 +6,7 @@ often a network agrees with these says less than how often it is right.
 """
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def load(
     images = ImageFiles(root, names, size, crop_to)
     every = Part(images, labels, unknown, torch.arange(len(labels)))
     every = every.drawn(limit, generator)
-    every = crawled.without_broken({NAME: every}, thorough)[NAME]
+    advice = "repair or remove them"
+    every = crawled.without_broken({NAME: every}, thorough, advice)[NAME]
     held = round(HELD_OUT * len(every.index))
     if held == 0:
         raise DataError(
@@ -101,8 +103,22 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
     except FileNotFoundError:
         found = []
     if len(found) < 2:
-        raise DataError(f"{root} has {len(found)} folders, not two or more; {advice}")
+        raise DataError(
+            f"{root} has {len(found)} of the two or more folders it needs; {advice}"
+        )
     return tuple(found)
+
+
+def fingerprint(root: Path | None = None) -> str:
+    """A hash of the names and sizes of all files: with others, the numbers are others.
+
+    Args:
+        root: as in `load`; it need not be there.
+    """
+    root = folder(root)
+    files = (path for path in root.rglob("*") if path.is_file())
+    found = sorted((str(path.relative_to(root)), path.stat().st_size) for path in files)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:

@@ -270,7 +270,7 @@ def connected(scheduler: str) -> Iterator["Client"]:
 
     try:
         client = distributed.Client(scheduler, timeout=WAIT)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:  # the last of other servers
         raise ValueError(
             f"no Dask scheduler answers at {scheduler!r}; start one with "
             "`dask scheduler`, give the address that it prints, or leave it out"
@@ -307,6 +307,8 @@ def on_workers(
         epochs[event[1]] += 1
         bar.update()
 
+    if not places(client):
+        bar.write("The scheduler has no worker yet; waiting for one.")
     client.wait_for_workers(1)
     client.subscribe_topic(topic, count)
     try:

@@ -88,6 +88,11 @@ class Spec:
                 f"num_clean is {self.num_clean}, but {self.method} has no use for a "
                 f"clean set; those that do: {', '.join(able)}"
             )
+        if self.num_clean and self.dataset == folder.NAME:
+            raise ValueError(
+                f"num_clean is {self.num_clean}, but nobody has checked the images of "
+                "a folder; set num_clean to 0, and take a method that needs none"
+            )
         if not self.num_clean and use == "needed":
             raise ValueError(
                 f"num_clean is 0, but {self.method} learns from images with true "

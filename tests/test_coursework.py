@@ -324,6 +324,7 @@ def test_texts_are_plain():
         (["nois", "."], "there is no built sheet 'nois'"),
         (["small", "nowhere"], "nowhere is not a folder"),
         (["small", "empty"], "empty is empty"),
+        (["small", ".", "--out", "no/x.csv"], "no/x.csv cannot be written"),
     ],
 )
 def test_bad_calls(small, tmp_path, monkeypatch, capsys, words, message):
@@ -332,6 +333,25 @@ def test_bad_calls(small, tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "empty").mkdir()
     assert grade.main(words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--memory"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "many"])
+def test_limits_are_above_zero(option, value, capsys):
+    with pytest.raises(SystemExit):
+        grade.main(["small", ".", option, value])
+    assert f"{value!r} is no number above 0" in capsys.readouterr().err
+
+
+def test_a_notebook_and_another_file_of_the_same_name(tmp_path):
+    found = [grade.student(tmp_path / name, tmp_path) for name in ("a.ipynb", "a.txt")]
+    assert found == ["a", "a.txt"]
+
+
+def test_unknown_sheets_are_not_built(capsys):
+    with pytest.raises(SystemExit):
+        assign.main(["nois"])
+    assert "unknown sheet 'nois'; the sheets are" in capsys.readouterr().err
 
 
 def test_without_confinement_nothing_is_graded(small, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,14 @@
 """A folder of folders: what is read, divided and passed over, and runs on it."""
 
+import shutil
 import warnings
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from nlhelpers import experiments, files, folder, records
+from nlhelpers import experiments, files, folder, grids, records
 from nlhelpers.__main__ import main
 from nlhelpers.data import UNKNOWN, DataError
 from nlhelpers.profiles import PROFILES
@@ -136,7 +139,9 @@ def test_too_few_classes(tmp_path, names):
     for name in names:
         write_image(tmp_path / name / "1.png", 1)
     (tmp_path / "dog.png").write_bytes(b"")  # a file is no class
-    with pytest.raises(DataError, match=f"has {len(names)} folders, not two or more"):
+    with pytest.raises(
+        DataError, match=f"has {len(names)} of the two or more folders it"
+    ):
         load(root=tmp_path)
 
 
@@ -145,6 +150,20 @@ def test_a_class_without_an_image(root):
     (root / "frog" / "list.csv").write_text("")
     with pytest.raises(DataError, match=f"^{root}/frog has no image; put some there"):
         load()
+
+
+def test_too_many_damaged_images(root):
+    for path in [*root.rglob("*.png")][:3]:
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"3 of 120 .* are too many: repair or remove"):
+        load()
+
+
+def test_every_kind_of_file_that_is_listed_can_be_read(root):
+    for suffix in IMG_EXTENSIONS:
+        Image.new("RGB", (40, 40)).save(root / "cat" / f"999{suffix}")
+    with warnings.catch_warnings(action="error"):
+        load(thorough=True)
 
 
 def test_too_few_images(tmp_path):
@@ -190,7 +209,22 @@ def test_a_network_for_photographs_is_tuned_gently():
     assert Spec(**SPEC, model="resnet50").recipe.epochs == 20
 
 
-def test_there_is_no_clean_set(root, cpu):
-    spec = Spec("clean-only", **SPEC, profile="smoke", model="mlp", num_clean=20)
-    with pytest.raises(ValueError, match="the clean set of 0 images has none of class"):
-        experiments.run(spec, cpu)
+def test_there_is_no_clean_set():
+    with pytest.raises(ValueError, match="num_clean is 20, but nobody has checked the"):
+        Spec("clean-only", **SPEC, num_clean=20)
+
+
+def test_runs_of_other_images_are_other_runs(root, cpu, tmp_path):
+    spec = Spec(**SPEC, profile="smoke", model="mlp")
+    (record,) = grids.run_all([spec], tmp_path / "runs.jsonl", cpu)
+    assert experiments.is_current(record)
+    moved = next((root / "cat").glob("*.JPG"))
+    moved.rename(root / "dog" / moved.name)
+    assert not experiments.is_current(record)
+    assert grids.recorded(tmp_path / "runs.jsonl") == {}
+    (root / "dog" / moved.name).rename(moved)
+    assert experiments.is_current(record)
+    moved.write_bytes(moved.read_bytes() + b" ")
+    assert not experiments.is_current(record)
+    shutil.rmtree(root)
+    assert not experiments.is_current(record)

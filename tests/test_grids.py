@@ -6,9 +6,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
@@ -408,6 +411,33 @@ def test_workers_that_cannot_be_had(count, scheduler, message, monkeypatch):
     monkeypatch.setattr(grids, "WAIT", 0.5)
     with pytest.raises(ValueError, match=message), grids.workers(count, scheduler):
         pass
+
+
+def test_a_server_of_another_kind_is_no_scheduler(monkeypatch):
+    monkeypatch.setattr(grids, "WAIT", 2)
+
+    class Banner(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            time.sleep(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Banner) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_address[1]}"
+        message = "no Dask scheduler answers"
+        with pytest.raises(ValueError, match=message), grids.workers(None, address):
+            pass
+        server.shutdown()
+
+
+def test_a_scheduler_without_workers_is_waited_for(cpu, client, monkeypatch):
+    written = []
+    bar = types.SimpleNamespace(write=written.append)
+    monkeypatch.setattr(grids, "places", lambda client: 0)
+    outcomes = grids.on_workers([], client, cpu, bar, lambda: True)
+    monkeypatch.setattr(bar, "set_description", lambda text: None, raising=False)
+    assert list(outcomes) == []
+    assert written == ["The scheduler has no worker yet; waiting for one."]
 
 
 def test_without_dask_the_runs_go_one_after_the_other(path, cpu, monkeypatch, capsys):

@@ -224,6 +224,7 @@ def test_one_clear_error(run, path, table, words, message, capsys):
         ("1,0\n0,1", "for 2 classes, but the data have 10"),
         ("1,0\n1", "T.csv"),
         ("a,b\nc,d", "T.csv"),
+        ("", "T.csv: loadtxt: input contained no data"),
     ],
 )
 def test_a_transition_that_is_none(run, tmp_path, content, message, capsys):
@@ -277,13 +278,39 @@ def test_divergence_is_one_error_and_one_record(run, path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["walk"], ["run", "--speed", "3"], ["run", "--noise-rate", "x"]]
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: run | show | list"),
+        (["walk"], "invalid choice: 'walk'"),
+        (["run", "--speed", "3"], "unrecognized arguments: --speed"),
+        (["run", "--noise-rate", "x"], "'x' is no rate; it must be a number in [0, 1]"),
+        (["run", "--time-budget", "-1"], "'-1' is no number of minutes, 0 or more"),
+        (["run", "--time-budget", "nan"], "'nan' is no number of minutes, 0 or more"),
+    ],
 )
-def test_usage_is_exit_status_2(words, capsys):
+def test_usage_is_exit_status_2(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "usage: python -m nlhelpers" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "usage: python -m nlhelpers" in printed
+    assert message in printed
+
+
+def test_an_interrupt_is_one_line(run, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "run", interrupted)
+    assert run() == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped; the same command goes on with what is left"
+
+
+def test_nothing_to_show(run, path, capsys):
+    assert run(command="show") == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{path} has no record of these runs by today's code\n"
 
 
 def test_exit_status_of_the_program(tmp_path):

@@ -28,10 +28,12 @@ def main(words: list[str] | None = None) -> int:
     """
     known = sheets()
     parser = argparse.ArgumentParser(description="Build the sheets.")
-    parser.add_argument("sheet", nargs="*", choices=[*known, []], help="all by default")
+    parser.add_argument("sheet", nargs="*", help=f"{', '.join(known)}; all by default")
     parser.add_argument("--no-run", action="store_true", help="trust the solutions")
     given = parser.parse_args(words)
     chosen = given.sheet or known
+    if unknown := sorted(set(chosen) - set(known)):
+        parser.error(f"unknown sheet {unknown[0]!r}; the sheets are {', '.join(known)}")
     one = functools.partial(attempt, run=not given.no_run)
     os.environ["OMP_NUM_THREADS"] = "1"  # several at once, each on a core
     failed = 0

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -66,6 +67,7 @@ def main(words: list[str] | None = None) -> int:
         The exit status: 0 if every submission has its rows.
     """
     given = parser().parse_args(words)
+    out = given.out or Path(f"{given.sheet}.csv")
     limits = Limits(
         seconds=60 * given.minutes,
         cell=12 * given.minutes,
@@ -73,11 +75,11 @@ def main(words: list[str] | None = None) -> int:
         confined=not given.trust,
     )
     try:
+        check_out(out)
         table = grade(archive_of(given.sheet), given.folder, limits, given.at_once)
     except GradingError as error:
         print(error, file=sys.stderr)
         return 1
-    out = given.out or Path(f"{given.sheet}.csv")
     table.to_csv(out, index=False)
     sums = table[table["question"] == WHOLE].set_index("student")
     print(sums[["points", "message"]].to_string())
@@ -91,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("sheet", help="its name, as in notebooks/coursework/NAME.ipynb")
     found.add_argument("folder", type=Path, help="with the submissions, at any depth")
     found.add_argument("--out", type=Path, help="the CSV; SHEET.csv if not given")
-    found.add_argument("--minutes", type=float, default=5, help="for each (5)")
-    found.add_argument("--memory", type=float, default=4, help="GiB for each (4)")
+    found.add_argument("--minutes", type=above_zero, default=5, help="for each (5)")
+    found.add_argument("--memory", type=above_zero, default=4, help="GiB for each (4)")
     found.add_argument("--at-once", type=int, default=os.cpu_count(), help="how many")
     found.add_argument(
         "--trust",
@@ -100,6 +102,22 @@ def parser() -> argparse.ArgumentParser:
         help="grade without confinement, where the operating system has none",
     )
     return found
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
+def check_out(path: Path) -> None:
+    """Raise GradingError now, not after all grading, if it cannot be written."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise GradingError(
+            f"{path} cannot be written; name a file in a folder that is there"
+        )
 
 
 def archive_of(sheet: str) -> Path:
@@ -176,8 +194,9 @@ def submissions(folder: Path) -> list[Path]:
 
 
 def student(path: Path, folder: Path) -> str:
-    """Whose submission it is: its path below the folder, without the suffix."""
-    return path.relative_to(folder).with_suffix("").as_posix()
+    """Whose submission it is: its path below the folder, without `.ipynb`."""
+    name = path.relative_to(folder)
+    return (name.with_suffix("") if name.suffix == ".ipynb" else name).as_posix()
 
 
 def check_confinement() -> None:
