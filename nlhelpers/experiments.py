@@ -214,6 +214,7 @@ def run(
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
+    made_from = source(spec)  # before training, in which a folder may change
     seen, truth = data_for(spec, device)
     method = METHODS[spec.method]
     if device.type == "cuda":
@@ -249,7 +250,7 @@ def run(
         "seconds": round(time.perf_counter() - started, 3),
         "precision": precision_of(model, device),
         "peak_memory_mb": records.peak_memory(device),
-        **records.provenance(device, source(spec)),
+        **records.provenance(device, made_from),
         "history": {name: [row[name] for row in history] for name in history[0]},
     }
 

@@ -187,6 +187,17 @@ def test_a_whole_run(root, cpu, method):
     assert experiments.is_current(record)
 
 
+def test_a_folder_that_changes_during_a_run(root, cpu):
+    def add(event):
+        (root / "cat" / "later.txt").write_text("one more")
+
+    spec = Spec(**SPEC, profile="smoke", model="mlp")
+    record = experiments.run(spec, cpu, progress=add)
+    assert not experiments.is_current(record)
+    (root / "cat" / "later.txt").unlink()
+    assert experiments.is_current(record)
+
+
 def test_the_command_line(root, tmp_path):
     path = tmp_path / "runs.jsonl"
     call = ["run", "--dataset", "folder", "--model", "mlp", "--profile", "smoke"]

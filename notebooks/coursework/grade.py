@@ -114,7 +114,8 @@ def above_zero(text: str) -> float:
 
 def check_out(path: Path) -> None:
     """Raise GradingError now, not after all grading, if it cannot be written."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    written = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(written, os.W_OK):
         raise GradingError(
             f"{path} cannot be written; name a file in a folder that is there"
         )
