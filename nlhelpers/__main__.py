@@ -238,7 +238,7 @@ def run_grid(options: argparse.Namespace) -> None:
     budget = None if options.time_budget is None else 60 * options.time_budget
     device = training.pick_device(options.device)
     wanted = specs(options)
-    with grids.workers(options.workers, options.scheduler) as client:
+    with grids.workers(options.workers, options.scheduler, device) as client:
         done = grids.run_all(
             wanted, options.records, device, time_budget=budget, client=client
         )

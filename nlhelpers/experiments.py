@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nlhelpers import binary, evaluation, folder, noise, profiles, records, training
+from nlhelpers import (
+    binary,
+    evaluation,
+    folder,
+    losses,
+    noise,
+    profiles,
+    records,
+    training,
+)
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
 from nlhelpers.methods import METHODS, loss_correction
@@ -32,6 +41,9 @@ load = functools.lru_cache(maxsize=1)(datasets.load)
 # Forms of one step that a process compiles for a GPU. All losses share a step, and each
 # makes it another form; after torch's own 8 the rest would run uncompiled.
 FORMS = 64
+
+# What takes the place of other code there.
+ON_A_GPU = training.fit_by_graphs, losses.compiled_cross_entropy
 
 # What ends one run and says nothing of the next one.
 FAILURES = (ValueError, DivergenceError)
@@ -214,7 +226,7 @@ def run(
         DataError: if the data set is missing or damaged.
     """
     started = time.perf_counter()
-    made_from = source(spec)  # before training, in which a folder may change
+    made_from = source(spec, device.type)  # before training: a folder may change
     seen, truth = data_for(spec, device)
     method = METHODS[spec.method]
     if device.type == "cuda":
@@ -284,7 +296,7 @@ def attempt(
             "recipe": spec.recipe.as_dict(),
             "stopped": str(error),
             "seconds": round(time.perf_counter() - started, 3),
-            **records.provenance(device, source(spec)),
+            **records.provenance(device, source(spec, device.type)),
         }
 
 
@@ -338,10 +350,11 @@ def precision_of(model: nn.Module, device: torch.device) -> str:
         return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
 
 
-def source(spec: Spec) -> str:
+def source(spec: Spec, device: str = "cpu") -> str:
     """Hash of what makes a run's numbers besides spec and recipe, which a record holds.
 
-    That is the code, and of a folder of one's own also which images lie in it.
+    That is the code, what only a GPU runs for its records alone; and of a folder of
+    one's own also which images lie in it.
     """
     loaders = datasets.DATASETS | {name: s.load for name, s in CRAWLED_SETS.items()}
     of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
@@ -352,6 +365,7 @@ def source(spec: Spec) -> str:
         loaders[spec.dataset],
         *of_labels,
         *([transition_of] if knows_T(spec) else []),
+        *(ON_A_GPU if device == "cuda" else []),
         Setup,
         training.seeded,
         noise.realised_rate,
@@ -386,9 +400,14 @@ def is_current(record: Record) -> bool:
     spec = spec_of(record)
     return (
         spec is not None
-        and record.get("source") == source(spec)
+        and record.get("source") == source(spec, device_type(record))
         and recipe_of(record) == spec.recipe
     )
+
+
+def device_type(record: Record) -> str:
+    """What a record was made on: "cpu", of which it has the threads, or "cuda"."""
+    return "cuda" if record.get("threads", 0) is None else "cpu"
 
 
 def latest(found: Iterable[Record]) -> list[Record]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from nlhelpers import experiments, records, training
+from nlhelpers import experiments, mps, records, training
 from nlhelpers.methods import METHODS
 from nlhelpers.records import Record
 from nlhelpers.specs import Spec
@@ -28,6 +28,7 @@ from nlhelpers.training import Auxiliary, Epoch, Event
 if TYPE_CHECKING:
     from distributed import Client, Future
 
+CPU = torch.device("cpu")
 WAIT = 10  # seconds for a scheduler to answer
 EPOCHS = Epoch, Auxiliary  # what moves the bar
 
@@ -210,10 +211,13 @@ def advance(bar: tqdm, event: Event) -> None:
 
 
 @contextlib.contextmanager
-def workers(count: int | None, scheduler: str | None) -> Iterator["Client | None"]:
+def workers(
+    count: int | None, scheduler: str | None, device: torch.device = CPU
+) -> Iterator["Client | None"]:
     """A Dask client: of `count` processes here, or of the scheduler at an address.
 
     None if neither is asked for, and, with a word about it, if Dask is not installed.
+    Processes here that share a GPU, the device, use it side by side.
 
     Raises:
         ValueError: if both are asked for, the count is not above 0, or no scheduler
@@ -244,23 +248,35 @@ def workers(count: int | None, scheduler: str | None) -> Iterator["Client | None
             yield client
         return
     threads = max(1, (os.cpu_count() or 1) // count)
-    own = {
-        # Instead of Dask's own, by which malloc gives memory back at every step and MKL
-        # has one thread. For a GPU, each compiles in as many processes.
-        "distributed.nanny.pre-spawn-environ": {
-            "OMP_NUM_THREADS": threads,
-            "TORCHINDUCTOR_COMPILE_THREADS": threads,
-        },
-        "distributed.worker.daemon": False,  # it may have processes that read images
-    }
+    several = device.type == "cuda" and count > 1
     with (
-        dask.config.set(UNDISTURBED | own),
+        mps.service() if several else contextlib.nullcontext({}) as found,
+        dask.config.set(UNDISTURBED | environment(threads, found)),
         distributed.LocalCluster(
             count, threads_per_worker=1, dashboard_address="localhost:0"
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client
+
+
+def environment(threads: int, more: dict[str, str]) -> dict[str, object]:
+    """What Dask is told about the processes of this machine.
+
+    Args:
+        threads: of each.
+        more: environment variables.
+    """
+    return {
+        # Instead of Dask's own, by which malloc gives memory back at every step and MKL
+        # has one thread. For a GPU, each compiles in as many processes.
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": threads,
+            "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            **more,
+        },
+        "distributed.worker.daemon": False,  # it may have processes that read images
+    }
 
 
 @contextlib.contextmanager

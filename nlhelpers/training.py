@@ -7,6 +7,7 @@ method ever holding the truth.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +21,7 @@ from torch.optim import adagrad, optimizer
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
 from nlhelpers import batches as drawn
-from nlhelpers import models
+from nlhelpers import graphs, models
 from nlhelpers.data import NoisyData
 
 # (model, index (B,), *views of the images (B, C, H, W)) -> scalar loss.
@@ -219,6 +220,72 @@ def fit(
         accuracy = validate(model)
         lower_rate(accuracy)
         yield Epoch(stage, number, model, loss, accuracy, rate, seen, seconds)
+
+
+def fit_by_graphs(
+    model: nn.Module,
+    images: Tensor,
+    batches: Callable[[], Iterator[Tensor]],
+    step: Step,
+    setup: Setup,
+    validate: Callable[[nn.Module], float],
+    *,
+    stage: str,
+    views: int = 1,
+) -> Iterator[Epoch]:
+    """`fit`, line by line, where a step is one CUDA graph with its update.
+
+    Raises:
+        DivergenceError: as there.
+    """
+    recipe = setup.recipe
+    optimiser = make_optimiser(model, recipe)
+    for group in optimiser.param_groups:
+        group["capturable"] = True  # Adam is recorded only if asked for it
+    lower_rate = make_schedule(optimiser, recipe)
+    load = drawn.loader(images, recipe.crop, recipe.flip, setup.generator, views)
+    objective = torch.compile(step)
+    precision = autocast(model, images.device)
+
+    def whole(index: Tensor, *inputs: Tensor) -> Tensor:
+        with precision:
+            loss = objective(model, index, *inputs)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    take = graphs.Recorded(whole)
+    for number in range(1, recipe.epochs + 1):
+        model.train()
+        started = time.perf_counter()
+        rate = optimiser.param_groups[0]["lr"]
+        losses, seen = [], 0
+        take.anew()
+        for index, *inputs in load(batches()):
+            losses.append(take(index, *inputs))
+            seen += len(index)
+        loss = mean_loss(losses, stage, number)  # waits for the device
+        seconds = time.perf_counter() - started
+        accuracy = validate(model)
+        lower_rate(accuracy)
+        yield Epoch(stage, number, model, loss, accuracy, rate, seen, seconds)
+
+
+def on_its_device(plain: Callable[..., Iterator[Epoch]]) -> Callable:
+    """`fit`; on a GPU that one process alone trains on, `fit_by_graphs`."""
+
+    @functools.wraps(plain)
+    def chosen(model: nn.Module, images: Tensor, *rest, **options) -> Iterator[Epoch]:
+        together = distributed.is_available() and distributed.is_initialized()
+        by_graphs = images.device.type == "cuda" and not together
+        loop = fit_by_graphs if by_graphs else plain
+        return loop(model, images, *rest, **options)
+
+    return chosen
+
+
+fit = on_its_device(fit)
 
 
 def fit_noisy(

@@ -182,6 +182,7 @@ RUNS = [
 # What runs around a run, or stands in its record by value.
 AROUND = ("specs", "experiments", "records", "profiles", "sources", "methods")
 BY_VALUE = {"nlhelpers.training.Recipe"}
+CHOOSES = {"nlhelpers.training.on_its_device"}  # of two loops, that which runs counts
 
 
 @pytest.mark.parametrize("spec", RUNS, ids=str)
@@ -207,7 +208,23 @@ def test_every_function_that_runs_counts(spec, cpu, monkeypatch):
     makers = {name for name in ran if not name.startswith(around)}
     makers |= {name for name in ran if name.startswith("nlhelpers.methods.")}
     assert len(makers) > 20
-    assert makers - BY_VALUE <= covered
+    assert makers - BY_VALUE - CHOOSES <= covered
+
+
+def test_what_only_a_gpu_runs_counts_for_its_records(monkeypatch):
+    monkeypatch.setattr(records, "source_hash", lambda *made_by, **k: (made_by, k))
+    of_cpu, of_gpu = (
+        set(sources.definitions(*made_by, **besides))
+        for made_by, besides in (
+            experiments.source(Spec(profile="smoke"), device)
+            for device in ("cpu", "cuda")
+        )
+    )
+    only = {name for name in of_gpu - of_cpu if ":" not in name}
+    graphs = {f"nlhelpers.graphs.{n}" for n in ("Recorded", "record", "Room")}
+    assert graphs < only
+    assert "nlhelpers.training.fit_by_graphs" in only
+    assert of_cpu < of_gpu
 
 
 @pytest.mark.parametrize(("T", "counts"), [("known", True), ("estimated", False)])
