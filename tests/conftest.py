@@ -9,6 +9,10 @@ from urllib.error import URLError
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before torchvision, which loads Triton
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Python
+
 import torchvision
 
 from nlhelpers import experiments, records, training
