@@ -1,8 +1,8 @@
 """A training step as one CUDA graph, from the forward pass to the update.
 
 A step of a small network is some thirty kernels of a few microseconds, and to start
-them from Python takes many times as long. Here the first batch of an epoch is a step as anywhere,
-the second one is recorded, and all others replay the record with one call.
+them from Python takes many times as long. Here the first batch of an epoch is a step as
+anywhere, the second one is recorded, and all others replay the record with one call.
 
 What is recorded are kernels and the addresses that they use. A step may change tensors
 that it knows; but whatever else it reads, like a number or the learning rate, stays as
