@@ -53,16 +53,25 @@ def expm1(x):
 def reduced(x, given, chosen, inside, w, a, b, K: tl.constexpr, LOSS: tl.constexpr):
     """Of each row the loss, the largest logit, 1 / sum exp(x - it), and one more.
 
-    What the last is depends on the loss: `slope` has the use of it.
+    What the last is depends on the loss: `slope` has the use of it. Where no softmax is
+    taken, only the loss counts.
     """
     if LOSS == "unhinged":
         signed = tl.where(chosen, 1.0, a) * x
         value = 1 - total_of(tl.where(inside, signed, 0.0)) / K
-        return value, value, value, value
-    if LOSS == "sigmoid":
+        top, scale, more = value, value, value
+    elif LOSS == "sigmoid":
         terms = tl.sigmoid(-tl.where(chosen, 1.0, a) * x)
         value = total_of(tl.where(inside, terms, 0.0)) / K
-        return value, value, value, value
+        top, scale, more = value, value, value
+    else:
+        value, top, scale, more = of_softmax(x, given, inside, w, a, b, K, LOSS)
+    return value, top, scale, more
+
+
+@triton.jit
+def of_softmax(x, given, inside, w, a, b, K: tl.constexpr, LOSS: tl.constexpr):
+    """`reduced` where a softmax is taken."""
     top = top_of(x)
     z = x - wide(top)
     e = tl.exp(z)
@@ -106,28 +115,29 @@ def reduced(x, given, chosen, inside, w, a, b, K: tl.constexpr, LOSS: tl.constex
 @triton.jit
 def slope(x, chosen, w, top, scale, more, a, K: tl.constexpr, LOSS: tl.constexpr):
     """The loss's derivative by x; `top`, `scale` and `more` are from `reduced`."""
-    if LOSS == "unhinged":
-        return -tl.where(chosen, 1.0, a) / K
-    if LOSS == "sigmoid":
-        sign = tl.where(chosen, 1.0, a)
-        s = tl.sigmoid(-sign * x)
-        return -sign * s * (1 - s) / K
+    y = tl.where(chosen, 1.0, 0.0)
     z = x - top
     p = tl.exp(z) * scale
-    y = tl.where(chosen, 1.0, 0.0)
-    if LOSS == "cross_entropy":
-        return p - y
+    if LOSS == "unhinged":
+        dx = -tl.where(chosen, 1.0, a) / K
+    elif LOSS == "sigmoid":
+        sign = tl.where(chosen, 1.0, a)
+        s = tl.sigmoid(-sign * x)
+        dx = -sign * s * (1 - s) / K
+    elif LOSS == "cross_entropy":
+        dx = p - y
     elif LOSS == "bootstrap_soft":
-        return a * (p - y) - (1 - a) * p * (z + tl.log(scale) + more)
+        dx = a * (p - y) - (1 - a) * p * (z + tl.log(scale) + more)
     elif LOSS == "bootstrap_hard":
-        return p - a * y - tl.where(z == 0, more, 0.0)
+        dx = p - a * y - tl.where(z == 0, more, 0.0)
     elif LOSS == "forward":
-        return p - tl.exp(z + w - more)
+        dx = p - tl.exp(z + w - more)
     elif LOSS == "backward":
         each = -(z + tl.log(scale))
-        return p * more - tl.where((w < 0) & (each > MOST), 0.0, w)
+        dx = p * more - tl.where((w < 0) & (each > MOST), 0.0, w)
     else:
-        return more * (p - y)
+        dx = more * (p - y)
+    return dx
 
 
 # Kernels

@@ -3,7 +3,11 @@
 `conftest` asks Triton for that.
 """
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +157,14 @@ def test_tiles_hold_whole_rows(K, dtype):
     for name in ("ROWS", "COLUMNS", "PARTS"):
         assert shape[name] & (shape[name] - 1) == 0, name  # Triton has powers of 2 only
     assert K <= shape["COLUMNS"] * shape["PARTS"] < 4 * K
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2 * 2 * 10
