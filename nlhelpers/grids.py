@@ -250,6 +250,7 @@ def workers(
     threads = max(1, (os.cpu_count() or 1) // count)
     several = device.type == "cuda" and count > 1
     with (
+        unchanged_environment(),
         mps.service() if several else contextlib.nullcontext({}) as found,
         dask.config.set(UNDISTURBED | environment(threads, found)),
         distributed.LocalCluster(
@@ -258,6 +259,17 @@ def workers(
         distributed.Client(cluster) as client,
     ):
         yield client
+
+
+@contextlib.contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Take back what Dask sets here too when it sets variables for its processes."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def environment(threads: int, more: dict[str, str]) -> dict[str, object]:

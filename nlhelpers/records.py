@@ -30,6 +30,7 @@ except ImportError:  # Windows has no such locks: there, one process at a time
 Record = dict[str, Any]
 PACKAGE = Path(__file__).parent
 SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
+REPEATED = SAVED / "repeated"  # some of them again, on another kind of device
 
 
 class RecordError(RuntimeError):
@@ -84,13 +85,13 @@ def check_writable(path: Path) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a .jsonl file, or of all such files under a folder; [] if none.
+    """All records of a .jsonl file, or of all such files in a folder; [] if none.
 
     Raises:
         RecordError: for a line that is no record; it names the file and the line.
     """
     path = Path(path)
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     return [record for file in files if file.exists() for record in _lines(file)]
 
 

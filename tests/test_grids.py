@@ -14,6 +14,7 @@ import time
 import types
 
 import pytest
+import torch
 
 from nlhelpers import experiments, grids, losses, records
 from nlhelpers.data import DataError
@@ -451,3 +452,27 @@ def test_without_dask_the_runs_go_one_after_the_other(path, cpu, monkeypatch, ca
 def test_an_address_joins_a_running_scheduler(path, cpu, client):
     with grids.workers(None, client.scheduler.address) as joined:
         assert len(run_all([SMOKE], path, cpu, client=joined)) == 1
+
+
+def test_workers_find_the_service_of_a_gpu_while_they_live(monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def service():
+        events.append("started")
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/somewhere"}
+        events.append("ended")
+
+    monkeypatch.setattr(grids.mps, "service", service)
+    with grids.workers(2, None, torch.device("cuda")) as client:
+        found = client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")
+        assert list(found.values()) == ["/somewhere"] * 2
+        assert events == ["started"]
+    assert events == ["started", "ended"]
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+
+
+def test_a_single_worker_of_a_gpu_needs_no_service(monkeypatch):
+    monkeypatch.delattr(grids.mps, "service")
+    with grids.workers(1, None, torch.device("cuda")) as client:
+        assert client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")

@@ -40,10 +40,12 @@ def test_records_come_back_in_order(path):
     assert len(path.read_bytes().splitlines()) == 6
 
 
-def test_a_folder_is_read_file_by_file(path, tmp_path):
-    records.append(tmp_path / "b.jsonl", {"spec": {"seed": 2}})
-    (tmp_path / "notes.txt").write_text("no record")
-    assert [r["spec"]["seed"] for r in records.read(tmp_path)] == [2, 1]
+def test_a_folder_is_read_file_by_file_without_the_folders_in_it(path):
+    folder = path.parent
+    records.append(folder / "b.jsonl", {"spec": {"seed": 2}})
+    (folder / "notes.txt").write_text("no record")
+    records.append(folder / "repeated" / "c.jsonl", {"spec": {"seed": 3}})
+    assert [r["spec"]["seed"] for r in records.read(folder)] == [2, 1]
 
 
 def test_nothing_is_no_records(tmp_path):
