@@ -13,10 +13,16 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 # The whole work of a step: from what it is given, (B, ...) each, to its loss, a scalar.
 Whole = Callable[..., Tensor]
+
+
+def used_on(device: torch.device) -> bool:
+    """Whether steps are recorded: on a GPU that one process alone trains on."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return device.type == "cuda" and not together
 
 
 class Recorded:

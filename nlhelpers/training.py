@@ -2,7 +2,7 @@
 
 `fit` is a generator. It yields after every epoch, so that a method can do its own work
 between epochs and so that whoever runs the method can evaluate the network without the
-method ever holding the truth.
+method ever holding the truth. On a GPU `fit_by_graphs` takes its place.
 """
 
 import contextlib
@@ -235,6 +235,8 @@ def fit_by_graphs(
 ) -> Iterator[Epoch]:
     """`fit`, line by line, where a step is one CUDA graph with its update.
 
+    What a step reads, but for tensors, changes between epochs only: see `graphs`.
+
     Raises:
         DivergenceError: as there.
     """
@@ -277,9 +279,7 @@ def on_its_device(plain: Callable[..., Iterator[Epoch]]) -> Callable:
 
     @functools.wraps(plain)
     def chosen(model: nn.Module, images: Tensor, *rest, **options) -> Iterator[Epoch]:
-        together = distributed.is_available() and distributed.is_initialized()
-        by_graphs = images.device.type == "cuda" and not together
-        loop = fit_by_graphs if by_graphs else plain
+        loop = fit_by_graphs if graphs.used_on(images.device) else plain
         return loop(model, images, *rest, **options)
 
     return chosen

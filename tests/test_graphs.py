@@ -53,7 +53,7 @@ def recorded(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(training, "fit", training.fit_by_graphs)
+    monkeypatch.setattr(graphs, "used_on", lambda device: True)
     monkeypatch.setattr(torch, "compile", lambda step: step)
     monkeypatch.setattr(nn.functional, "one_hot", one_hot)
     return made
@@ -162,7 +162,7 @@ def test_a_gpu_records_unless_several_processes_train(monkeypatch):
     on_gpu = type("Images", (), {"device": torch.device("cuda")})()
     assert fit(None, images) == "plain"
     assert fit(None, on_gpu, stage="test") == "graphs"
-    monkeypatch.setattr(training.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(graphs.distributed, "is_initialized", lambda: True)
     assert fit(None, on_gpu) == "plain"
 
 

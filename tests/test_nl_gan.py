@@ -172,6 +172,22 @@ def test_each_generator_has_a_loss_of_its_own(game):
     assert same(first[1], second[1])
 
 
+def test_the_losses_are_whole_graphs_to_the_compiler(game):
+    """As a GPU has them, where a step with both is recorded."""
+    torch.compiler.reset()
+    x, noise = real(), z()
+    game.players.G_P.eval(), game.players.G_N.eval()
+    with nl_gan.still(game.players.D):
+        plain, made = game.loss_G(noise, (0.2, 0.8))
+        whole = torch.compile(game.loss_G, backend="aot_eager", fullgraph=True)
+        assert whole(noise, (0.2, 0.8))[0].item() == pytest.approx(plain.item())
+    whole = torch.compile(game.loss_D, backend="aot_eager", fullgraph=True)
+    game.players.D.eval()
+    for fake in (made, None):
+        expected = game.loss_D(x, fake).item()
+        assert whole(x, fake).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_generators_make_what_their_half_of_z_says(game):
     players, noise = game.players.eval(), z()
     _, made = game.loss_G(noise, (0.2, 0.8))

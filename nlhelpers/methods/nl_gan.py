@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import Generator, Tensor, nn
 
-from nlhelpers import batches, binary, gan, training
+from nlhelpers import batches, binary, gan, graphs, training
 from nlhelpers.data import NoisyData
 from nlhelpers.gan import Players
 from nlhelpers.methods.cross_entropy import cross_entropy
@@ -195,12 +195,14 @@ class Game:
         """Take the players, who are trained in place, and a learning rate."""
         self.players, self.rate = players, rate
         self.H, self.alpha, self.beta = H, alpha, beta
-        adam = functools.partial(torch.optim.Adam, lr=rate, betas=BETAS, fused=True)
+        self.recorded = graphs.used_on(next(players.parameters()).device)
+        options = {"lr": rate, "betas": BETAS, "fused": True}
+        adam = functools.partial(torch.optim.Adam, **options, capturable=self.recorded)
         self.adam_D = adam(players.D.parameters())
         self.adam_G = adam([*players.G_P.parameters(), *players.G_N.parameters()])
-        device = next(players.parameters()).device
-        self.loss_D = training.compiled(self.loss_D, device)
-        self.loss_G = training.compiled(self.loss_G, device)
+        if self.recorded:
+            self.loss_D = torch.compile(self.loss_D)
+            self.loss_G = torch.compile(self.loss_G)
 
     def step(self, real: Tensor, z: Tensor, targets: Deltas | None) -> Tensor:
         """A step of the generators, then one of D; without targets, of D alone.
@@ -218,12 +220,11 @@ class Game:
         if targets is not None:
             with precision, still(self.players.D):
                 loss, fake = self.loss_G(z, targets)
-            fake = fake.clone()  # a CUDA graph reuses its output
             descend(self.adam_G, loss)
         with precision:
             loss = self.loss_D(real, fake)
         descend(self.adam_D, loss)
-        return loss.detach().clone()  # likewise
+        return loss.detach()
 
     def loss_G(self, z: Tensor, targets: Deltas) -> tuple[Tensor, Tensor]:
         """L_GP + L_GN of Eq. 4, and the images (B, C, H, W), half by each generator."""
@@ -271,12 +272,14 @@ def play(
     players = game.players
     stage = "warm-up" if targets is None else "game"
     view = batches.augmentation(data.images, 0, False, setup.generator)
+    step = functools.partial(game.step, targets=targets)
     for number in range(1, epochs + 1):
         started, values, seen = time.perf_counter(), [], 0
         players.train()
+        take = graphs.Recorded(step) if game.recorded else step
         for index in halves(data.labels, setup.recipe.batch_size, setup.generator):
             z = gan.noise(len(index), setup.generator)
-            values.append(game.step(gan.to_unit(view(index)), z, targets))
+            values.append(take(gan.to_unit(view(index)), z))
             seen += len(index)
         loss = training.mean_loss(values, stage, number)  # waits for the device
         seconds = time.perf_counter() - started
