@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -238,6 +239,12 @@ def run_grid(options: argparse.Namespace) -> None:
     budget = None if options.time_budget is None else 60 * options.time_budget
     device = training.pick_device(options.device)
     wanted = specs(options)
+    alone = options.workers is None and options.scheduler is None
+    if alone and device.type == "cuda" and len(wanted) > 1:
+        print(
+            "One run at a time; several share a GPU much better: "
+            f"--workers {os.cpu_count()}"
+        )
     with grids.workers(options.workers, options.scheduler, device) as client:
         done = grids.run_all(
             wanted, options.records, device, time_budget=budget, client=client

@@ -42,7 +42,7 @@ load = functools.lru_cache(maxsize=1)(datasets.load)
 # makes it another form; after torch's own 8 the rest would run uncompiled.
 FORMS = 64
 
-# What takes the place of other code there.
+# What only a GPU runs, in the place of other code.
 ON_A_GPU = training.fit_by_graphs, losses.compiled_cross_entropy
 
 # What ends one run and says nothing of the next one.

@@ -1,5 +1,6 @@
 """The command line: exit codes, one line of error, the same runs as the notebooks."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -121,6 +122,25 @@ def test_a_task_of_two_groups(run, path):
     first, second = specs_in(path)
     assert first == Spec(**task("5,7 vs 2,4", (0.7, 0.85), 100), profile="smoke")
     assert second.method == "rank-pruning"
+
+
+def test_several_runs_on_a_gpu_are_told_of_workers(run, monkeypatch, capsys):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(cli.training, "pick_device", lambda name: gpu)
+    monkeypatch.setattr(cli.grids, "run_all", lambda *given, **options: [])
+    devices = []
+
+    def workers(count, scheduler, device):
+        devices.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(cli.grids, "workers", workers)
+    told = []
+    for words in (["--seeds", "0", "1"], ["--seeds", "0"], ["--workers", "2"]):
+        assert run("--seeds", "0", "1", *words) == 0
+        told.append("several share a GPU much better" in capsys.readouterr().out)
+    assert told == [True, False, False]
+    assert devices == [gpu] * 3
 
 
 def test_no_time_no_run(run, path, capsys):
