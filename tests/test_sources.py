@@ -182,7 +182,8 @@ RUNS = [
 # What runs around a run, or stands in its record by value.
 AROUND = ("specs", "experiments", "records", "profiles", "sources", "methods")
 BY_VALUE = {"nlhelpers.training.Recipe"}
-CHOOSES = {"nlhelpers.training.on_its_device"}  # of two loops, that which runs counts
+# Of two loops, that which runs counts.
+CHOOSES = {"nlhelpers.training.on_its_device", "nlhelpers.graphs.used_on"}
 
 
 @pytest.mark.parametrize("spec", RUNS, ids=str)
