@@ -1,7 +1,7 @@
 """The losses of `losses` for a GPU: a Triton kernel forward, and one backward.
 
 For logits by the million, of which a loss should cost no more than to read and write
-them; what torch's compiler makes of `losses` takes up to eight times as long. For the
+them; what torch's compiler makes of `losses` takes up to seven times as long. For the
 small batches of this book's networks it starts fewer kernels, so training uses those.
 
 A program has a tile of (rows, parts, columns): a row of K logits is cut into parts of
@@ -269,8 +269,9 @@ def loss_values(
     """
     N, K = logits.shape
     values, shape = logits.new_empty(N), tile(logits)
+    read = logits if table is None else table
     values_kernel[(triton.cdiv(N, shape["ROWS"]),)](
-        *(logits, labels, logits if table is None else table, values, N, a, b),
+        *(logits, labels, read, values, N, a, b),
         K=K,
         LOSS=loss,
         **shape,
@@ -291,9 +292,9 @@ def loss_slopes(
     """The gradient by the logits, where that by each loss is `above`, (N,)."""
     N, K = logits.shape
     slopes, shape = torch.empty_like(logits), tile(logits)
-    values = logits if table is None else table
+    read = logits if table is None else table
     slopes_kernel[(triton.cdiv(N, shape["ROWS"]),)](
-        *(logits, labels, values, above, slopes, N, above.stride(0), a, b),
+        *(logits, labels, read, above, slopes, N, above.stride(0), a, b),
         K=K,
         LOSS=loss,
         SWAP=shape["COLUMNS"] * logits.element_size() == 8,  # as measured

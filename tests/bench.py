@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from unittest.mock import patch
@@ -65,7 +66,7 @@ def bare(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[], f
     def forward(labels: Tensor, images: Tensor) -> Tensor:
         return losses.cross_entropy(model(images), labels).mean()
 
-    if device.type == "cuda":
+    if graphs.used_on(device):
         forward = torch.compile(forward)
 
     def step(labels: Tensor, images: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def bare(model: nn.Module, seen: data.NoisyData, setup: Setup) -> Callable[[], f
         optimiser.zero_grad(set_to_none=True)
         return loss.detach()
 
-    take = graphs.Recorded(step) if device.type == "cuda" else step
+    take = graphs.Recorded(step) if graphs.used_on(device) else step
 
     def epoch() -> float:
         model.train()
@@ -201,10 +202,12 @@ def bench_game(device: torch.device, rounds: int, steps: int = 6) -> None:
         answers.sum().backward()
         players.zero_grad(set_to_none=True)
 
+    step = partial(game.step, targets=(0.2, 0.7))
+    take = graphs.Recorded(step) if game.recorded else step
+
     def whole() -> None:
         (index,) = nl_gan.halves(labels, BATCH_SIZE, generator)
-        z = gan.noise(BATCH_SIZE, generator)
-        game.step(gan.to_unit(view(index)), z, (0.2, 0.7))
+        take(gan.to_unit(view(index)), gan.noise(BATCH_SIZE, generator))
 
     def seconds(step: Callable[[], None]) -> float:
         started = time.perf_counter()

@@ -4,7 +4,6 @@ A GPU's graph is imitated by one of torch.fx, which holds the same: operations a
 tensors that they use, of a step from the forward pass to the update.
 """
 
-import dataclasses
 import functools
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import test_methods
 from nlhelpers import batches, experiments, graphs, losses, training
 from test_methods import RUNS, spec_of
 from test_training import GPU
@@ -167,7 +165,7 @@ def test_a_gpu_records_unless_several_processes_train(monkeypatch):
 
 
 def test_a_record_of_a_gpu_depends_on_what_only_a_gpu_runs(monkeypatch, cpu):
-    record = experiments.run(test_methods.spec_of("cross-entropy"), cpu)
+    record = experiments.run(spec_of("cross-entropy"), cpu)
     spec = experiments.spec_of(record)
     on_gpu = record | {"threads": None, "source": experiments.source(spec, "cuda")}
     assert record["source"] == experiments.source(spec) != on_gpu["source"]
@@ -181,8 +179,7 @@ def test_a_record_of_a_gpu_depends_on_what_only_a_gpu_runs(monkeypatch, cpu):
 @pytest.mark.parametrize("optimiser", ["sgd", "adagrad", "adam"])
 def test_a_graph_of_a_gpu_against_the_plain_loop(optimiser):
     gpu = torch.device("cuda")
-    spec = dataclasses.replace(spec_of("cross-entropy"), profile="smoke")
-    seen, _ = experiments.prepare(spec, gpu)
+    seen, _ = experiments.prepare(spec_of("cross-entropy"), gpu)
     found = []
     for loop in (training.fit_by_graphs, training.fit.__wrapped__):
         with training.seeded(0, gpu) as generator:

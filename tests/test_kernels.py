@@ -3,6 +3,7 @@
 `conftest` asks Triton for that.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def data(K, scale, dtype=torch.float32):
     labels = torch.randint(K, (ROWS,), generator=generator)
     above = 0.5 + torch.rand(ROWS, generator=generator)
     return logits.to(DEVICE, dtype), labels.to(DEVICE), above.to(DEVICE)
+
+
+@pytest.mark.parametrize("name", {name.split(",")[0]: None for name in CASES})
+def test_a_kernel_takes_the_place_of_its_loss(name):
+    mine, theirs = (getattr(module, name) for module in (kernels, losses))
+    assert inspect.signature(mine) == inspect.signature(theirs)
 
 
 @pytest.mark.parametrize("K", [2, 10, 100])
