@@ -87,7 +87,7 @@ def random_confusion(
 
 
 def confusing(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
-    """A label changes into the class that its image looks like."""
+    """A label changes into the class that its image looks like, or at random."""
     return noise.confuse(dataset.images, dataset.labels, spec.noise_rate, generator)
 
 
