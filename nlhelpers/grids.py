@@ -34,20 +34,25 @@ EPOCHS = Epoch, Auxiliary  # what moves the bar
 
 # Dask looks after its workers up to a hundred times a second, and each look takes the
 # interpreter from a run of small steps: a tenth of the time in all. Once a second is
-# enough.
+# enough. And a worker that died while it trained is started again, however long it
+# takes: by itself, Dask gives it up after 15 seconds.
 UNDISTURBED = {
     "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.monitor-interval": "1s",
     "distributed.admin.tick.interval": "1s",
+    "distributed.deploy.lost-worker-timeout": "1 day",
 }
 
 # Runs with what came of them. What a method refuses, or what takes one worker after
-# the other down, leaves no record but an exception.
+# the other down, leaves no record but an exception, a ValueError or a GridError.
 Outcomes = Iterator[tuple[Spec, Record | Exception]]
 
 
 class GridError(RuntimeError):
-    """Some runs of a grid failed; the message names the first. All others are done."""
+    """Runs of a grid failed, of which the message names one, or all that are left.
+
+    What was recorded stays, and the same command goes on with the rest.
+    """
 
 
 def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
@@ -84,8 +89,9 @@ def run_all(
         The records of `specs` in their order, as far as they exist.
 
     Raises:
-        GridError: in the end, if runs failed, now or as `path` says; of a single run
-            that is refused, its own error.
+        GridError: in the end, if runs failed, now or as `path` says; at once, if the
+            scheduler is lost or a worker has other code.
+        ValueError: of a single run that is refused.
     """
     specs = list(specs)
     ends = math.inf if time_budget is None else time.perf_counter() + time_budget
@@ -120,7 +126,7 @@ def run_all(
                     records.append(path, outcome)
                 if "stopped" in outcome:
                     bar.write(f"stopped: {spec}: {outcome['stopped']}")
-            if left:
+            if left and first:
                 bar.write("The time budget is spent; the same command goes on later.")
     found = {spec: done[spec] for spec in specs if spec in done}
     check_all_ended(found, failed, path)
@@ -134,7 +140,8 @@ def check_all_ended(
 
     Args:
         found: records of runs, in `path`, stopped ones among them.
-        failed: runs without a record; if one was all there was, its error is raised.
+        failed: runs without a record; if one was all there was and it was refused, that
+            error is raised.
         path: a .jsonl file.
     """
     stopped = {spec: run["stopped"] for spec, run in found.items() if "stopped" in run}
@@ -142,7 +149,7 @@ def check_all_ended(
         return
     count = len(found) + len(failed)
     spec, why = next(iter({**failed, **stopped}.items()))
-    if failed and count == 1:
+    if count == 1 and isinstance(why, ValueError):
         raise why
     if spec in stopped:
         why += f"; {path} says so, and without that line it is tried again"
@@ -220,12 +227,17 @@ def workers(
     Processes here that share a GPU, the device, use it side by side.
 
     Raises:
-        ValueError: if both are asked for, the count is not above 0, or no scheduler
-            answers.
+        ValueError: if both are asked for, the count is not above 0, no scheduler
+            answers, or all this is within torchrun.
     """
     if count is None and scheduler is None:
         yield None
         return
+    if "RANK" in os.environ:
+        raise ValueError(
+            "torchrun trains each run on all its processes; leave out either torchrun "
+            "or workers and scheduler"
+        )
     if count is not None and scheduler is not None:
         raise ValueError(
             f"workers is {count} and scheduler is {scheduler!r}; a scheduler has its "
@@ -254,7 +266,7 @@ def workers(
         mps.service() if several else contextlib.nullcontext({}) as found,
         dask.config.set(UNDISTURBED | environment(threads, found)),
         distributed.LocalCluster(
-            count, threads_per_worker=1, dashboard_address="localhost:0"
+            n_workers=count, threads_per_worker=1, dashboard_address="localhost:0"
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -293,12 +305,13 @@ def environment(threads: int, more: dict[str, str]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def connected(scheduler: str) -> Iterator["Client"]:
-    """A client of the scheduler at an address, which has a worker at least."""
+    """A client of the scheduler at an address, which may have no worker yet."""
     import distributed
 
     try:
         client = distributed.Client(scheduler, timeout=WAIT)
-    except (OSError, ValueError, MemoryError) as error:  # the last of other servers
+    # A server of another kind can make it a MemoryError, "tls://" a TypeError.
+    except (OSError, ValueError, TypeError, MemoryError) as error:
         raise ValueError(
             f"no Dask scheduler answers at {scheduler!r}; start one with "
             "`dask scheduler`, give the address that it prints, or leave it out"
@@ -316,15 +329,16 @@ def on_workers(
 ) -> Outcomes:
     """As many runs at once as there are workers, in the order in which they end.
 
-    A run whose worker is lost is done again by another one: Dask sees to it.
+    A run whose worker is lost is done again by another one: Dask sees to it. While no
+    worker is there, one run waits for the first.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import as_completed
 
     waiting, running, epochs = iter(todo), {}, Counter()
     finished, topic = as_completed(), f"epochs for {client.id}"
 
     def start_more() -> None:
-        free = max(0, places(client) - len(running)) if in_time() else 0
+        free = max(not running, places(client) - len(running)) if in_time() else 0
         for spec in itertools.islice(waiting, free):
             future = client.submit(run_here, spec, device.type, topic, pure=False)
             running[future] = spec
@@ -344,10 +358,6 @@ def on_workers(
         for future in finished:
             spec = running.pop(future)
             outcome = outcome_of(future)
-            if isinstance(outcome, Exception) and not isinstance(
-                outcome, (ValueError, KilledWorker)
-            ):
-                raise outcome
             # What was expected may not be what it took.
             bar.total += epochs[future.key] - expected_epochs(spec)
             yield spec, outcome
@@ -384,12 +394,29 @@ def run_here(spec: Spec, device: str, topic: str) -> Record:
 
 
 def outcome_of(future: "Future") -> Record | Exception:
-    """What a worker returned or raised."""
-    if future.status == "error":
-        return future.exception()
-    record = future.result()
+    """The record of a run, or why it has none: it was refused, or it killed workers.
+
+    Raises:
+        GridError: for what concerns other runs, too.
+        Exception: what else a worker raises.
+    """
+    from distributed import CancelledError, KilledWorker
+
+    try:
+        record = future.result()
+    except ValueError as refused:
+        return refused
+    except KilledWorker as killed:
+        return GridError(
+            f"{killed.allowed_failures + 1} workers in a row died of it, as they do "
+            "where memory is short; fewer workers need less of it"
+        )
+    except CancelledError as lost:
+        raise GridError(
+            "the scheduler is gone; the same command goes on with another one"
+        ) from lost
     if not experiments.is_current(record):
-        raise RuntimeError(
+        raise GridError(
             f"a worker returned a record by other code ({record['source']}, commit "
             f"{record['commit']}) than runs here; bring all workers to one commit"
         )

@@ -201,12 +201,16 @@ class Spec:
         return values | {"settings": dict(self.settings)}
 
     def __str__(self) -> str:
-        """A short line for progress bars."""
+        """A line for progress bars, in which runs of a grid differ."""
         rate = "" if self.noise_rate is None else f" {self.noise_rate:g}"
         noise = f"{self.noise}{rate}"
         if self.task:
             noise = f"{self.task}, {self.num_images} images, pi {self.pi}"
-        return f"{self.method}, {self.dataset}, {noise}, seed {self.seed}"
+        clean = f", {self.num_clean} clean" if self.num_clean else ""
+        settings = "".join(f", {name}={value}" for name, value in self.settings)
+        return (
+            f"{self.method}{settings}, {self.dataset}, {noise}{clean}, seed {self.seed}"
+        )
 
 
 def known(what: str, value: object, allowed: Iterable[str]) -> None:

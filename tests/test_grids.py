@@ -357,7 +357,7 @@ def test_the_time_budget_of_workers(path, cpu, client, capsys):
 
 def test_a_record_by_other_code_is_refused(path, cpu, client, monkeypatch):
     monkeypatch.setattr(experiments, "is_current", lambda record: False)
-    with pytest.raises(RuntimeError, match=r"other code .* bring all workers to one"):
+    with pytest.raises(GridError, match=r"other code .* bring all workers to one"):
         run_all([SMOKE], path, cpu, client=client)
     assert lines(path) == []
 
@@ -383,6 +383,41 @@ def test_the_run_of_a_killed_worker_is_done_again(path, cpu, client, monkeypatch
     assert len(lines(path)) == 6
 
 
+def kill_worker(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_takes_workers_down_does_not_stop_the_others(
+    path, cpu, client, monkeypatch
+):
+    deadly, *others = specs = grid(SMOKE, seed=range(3))
+    submit = client.submit
+
+    def submit_one_to_kill(run, spec, *given, **options):
+        run = kill_worker if spec == deadly else run
+        return submit(run, spec, *given, **options)
+
+    monkeypatch.setattr(client, "submit", submit_one_to_kill)
+    monkeypatch.setattr(client.cluster.scheduler, "allowed_failures", 1)
+    message = "^1 of 3 runs failed, .* seed 0: 2 workers in a row died of it"
+    with pytest.raises(GridError, match=message):
+        run_all(specs, path, cpu, client=client)
+    assert set(recorded(path)) == set(others)
+    client.wait_for_workers(2)
+
+
+def test_while_no_worker_is_there_one_run_waits(path, cpu, client, monkeypatch):
+    monkeypatch.setattr(grids, "places", lambda client: 0)
+    assert len(run_all(grid(SMOKE, seed=range(2)), path, cpu, client=client)) == 2
+
+
+def test_a_scheduler_that_goes_is_one_error(client):
+    lost = client.submit(time.sleep, 0.1)
+    lost.cancel()
+    with pytest.raises(GridError, match="the scheduler is gone; the same command goes"):
+        grids.outcome_of(lost)
+
+
 def test_two_grids_write_one_file_at_once(path, cpu, client):
     """Each has its own process; both sets of records survive, line by line."""
     other = subprocess.Popen(
@@ -406,12 +441,19 @@ def test_two_grids_write_one_file_at_once(path, cpu, client):
         (2, "tcp://127.0.0.1:9", "leave one of the two out"),
         (None, "tcp://127.0.0.1:9", "no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
         (None, "nowhere", "no Dask scheduler answers at 'nowhere'"),
+        (None, "tls://127.0.0.1:9", "no Dask scheduler answers at 'tls://127.0.0.1:9'"),
     ],
 )
 def test_workers_that_cannot_be_had(count, scheduler, message, monkeypatch):
     monkeypatch.setattr(grids, "WAIT", 0.5)
     with pytest.raises(ValueError, match=message), grids.workers(count, scheduler):
         pass
+
+
+def test_workers_are_none_of_torchruns_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="leave out either torchrun or workers"):
+        grids.workers(2, None).__enter__()
 
 
 def test_a_server_of_another_kind_is_no_scheduler(monkeypatch):
@@ -475,4 +517,5 @@ def test_workers_find_the_service_of_a_gpu_while_they_live(monkeypatch):
 def test_a_single_worker_of_a_gpu_needs_no_service(monkeypatch):
     monkeypatch.delattr(grids.mps, "service")
     with grids.workers(1, None, torch.device("cuda")) as client:
-        assert client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")
+        found = client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")
+        assert list(found.values()) == [None]
