@@ -78,6 +78,10 @@ def check(**values: object) -> Parameters:
         known("method", method, METHODS)
     if natural("num_seeds", others["num_seeds"]) == 0:
         raise ValueError("num_seeds is 0; it must be at least 1")
+    if not isinstance(others["records_file"], str | Path):
+        raise ValueError(
+            f"records_file is {others['records_file']!r}; it must be a path as text"
+        )
     path = Path(others["records_file"])
     records.check_writable(path)
     return Parameters(

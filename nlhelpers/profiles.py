@@ -6,6 +6,7 @@ what the book runs. `paper` has the paper's own epochs and sizes.
 
 from dataclasses import replace
 
+from nlhelpers import binary
 from nlhelpers.training import Recipe
 
 PROFILES = ("smoke", "quick", "paper")
@@ -116,14 +117,19 @@ def of_folder(model: str, profile: str) -> Recipe:
     return paper
 
 
-def upsampled(model: str, profile: str) -> Recipe:
-    """The recipe of a task whose few images are repeated to many (`binary`)."""
-    paper = replace(RECIPES[model], crop=0, flip=False)
+def upsampled(model: str, profile: str, num_images: int) -> Recipe:
+    """The recipe of a task whose few images are repeated to many (`binary`).
+
+    They are repeated equally often, so `limit` is a multiple of them.
+    """
+    recipe = replace(RECIPES[model], crop=0, flip=False)
     if profile == "smoke":
-        return replace(shortened(paper, 2), limit=600)
+        recipe = replace(shortened(recipe, 2), limit=600)
     if profile == "quick":
-        return replace(shortened(paper, QUICK[model]), limit=5_000)
-    return paper
+        recipe = replace(shortened(recipe, QUICK[model]), limit=5_000)
+    rows = recipe.limit or binary.UPSAMPLED
+    even = max(1, rows // num_images) * num_images
+    return recipe if even == rows else replace(recipe, limit=even)
 
 
 def shortened(recipe: Recipe, epochs: int) -> Recipe:

@@ -64,8 +64,8 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     """One row per group of records that differ in their seed alone.
 
     Accuracies and rates are in percent; `std` is the sample standard deviation over the
-    seeds, NaN for one seed. Network, clean set and T have a column where they differ.
-    Runs that stopped are left out.
+    seeds, NaN for one seed. Network, clean set, T and what a task is have a column where
+    they differ. Runs that stopped are left out.
     """
     columns = {
         "last": ("last_accuracy", "mean"),
@@ -76,7 +76,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
         "seconds": ("seconds", "mean"),
     }
     by = ["method", "settings", "dataset", "noise", "rate", "profile", "device"]
-    varying = ["model", "num_clean", "transition"]
+    varying = ["model", "num_clean", "transition", "task", "pi", "num_images"]
     shown = ["method", "settings", "last", "std", "best", "dataset", "noise", "rate"]
     shown += ["realised", "seeds", "seconds", "profile", "device"]
     rows = pd.DataFrame([flat(record) for record in done if "stopped" not in record])
@@ -115,6 +115,9 @@ def flat(record: Record) -> Record:
         "model": spec["model"],
         "num_clean": spec["num_clean"],
         "transition": str(spec["transition"]),
+        "task": spec.get("task", ""),
+        "pi": str(spec.get("pi")),
+        "num_images": spec.get("num_images", 0),
         "settings": settings,
         **{name: np.nan if x is None else 100 * x for name, x in shares.items()},
         "seconds": record["seconds"],

@@ -155,6 +155,10 @@ class Spec:
                         f"to a task, whose noise is {BINARY!r}"
                     )
             return
+        if not isinstance(self.task, str):
+            raise ValueError(
+                f"task is {self.task!r}; it must be a text, like '5,7 vs 2,4'"
+            )
         binary.groups(self.task)
         self._set("pi", binary.check_pi(self.pi))
         if not self.num_images:
@@ -192,7 +196,7 @@ class Spec:
     def recipe(self) -> Recipe:
         """How networks are trained in this run."""
         if self.task:
-            return profiles.upsampled(self.model, self.profile)
+            return profiles.upsampled(self.model, self.profile, self.num_images)
         return profiles.recipe(self.dataset, self.model, self.profile)
 
     def as_dict(self) -> Record:

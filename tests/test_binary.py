@@ -106,6 +106,14 @@ def test_rows_are_the_papers_ten_thousand_unless_a_profile_says_fewer(cpu):
     assert len(experiments.data_for(smoke, cpu)[0].labels) == smoke.recipe.limit
 
 
+@pytest.mark.parametrize(("num_images", "rows"), [(100, 600), (40, 600), (320, 320)])
+def test_every_image_is_there_as_often(cpu, num_images, rows):
+    """More images than the profile has rows for are all taken once."""
+    spec = Spec(**TASK | {"num_images": num_images, "pi": (1, 1)}, profile="smoke")
+    seen, _ = experiments.data_for(spec, cpu)
+    assert seen.labels.bincount().tolist() == [rows // 2, rows // 2]
+
+
 def test_validation_has_other_images_and_testing_all_of_the_classes(numbered):
     seen, truth = load(numbered, num_images=1000)
     assert len(seen.val_labels) == 1000
@@ -138,6 +146,7 @@ def test_the_seed_decides(numbered):
         ("5 vs 7 vs 2", "two groups of classes"),
         ("5, vs 2", "two groups of classes"),
         (" vs ", "two groups of classes"),
+        (57, "task is 57; it must be a text"),
         ("5,7 vs 7,2", "names 7 twice"),
         ("5,5 vs 2", "names 5 twice"),
     ],

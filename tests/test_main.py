@@ -173,6 +173,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, path):
     assert len(report.summary(records.read(path))) == 3
 
 
+def test_runs_of_different_tasks_are_not_averaged(run, path):
+    for count, *pi in (("20", "1", "1"), ("20", ".9", ".8"), ("40", "1", "1")):
+        task = ("--task", "5,7 vs 2,4", "--num-images", count, "--pi", *pi)
+        assert run(*task) == 0
+    table = report.summary(records.read(path))
+    assert len(table) == 3
+    assert {"pi", "num_images"} < set(table.columns)
+    assert "task" not in table
+
+
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out

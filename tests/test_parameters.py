@@ -80,6 +80,7 @@ def test_good_values(check, tmp_path):
         ({"num_seeds": 0}, "num_seeds is 0; it must be at least 1"),
         ({"num_seeds": 1.5}, "num_seeds is 1.5"),
         ({"device": "gpu"}, "device is 'gpu'; allowed"),
+        ({"records_file": None}, "records_file is None; it must be a path"),
         ({"noise_rat": 0.2}, "parameter 'noise_rat'; did you mean 'noise_rate'"),
     ],
 )
