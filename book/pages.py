@@ -1,6 +1,7 @@
 """The pages that no one writes by hand: the status page and the API reference."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -145,12 +146,17 @@ def module_page(name: str, path: Path) -> str:
 
 
 def public_modules(folder: Path) -> dict[str, Path]:
-    """Modules of the package with their files, in reading order."""
+    """Modules of the package with their files, in reading order.
+
+    That of Triton is left out where there is none: torch has it on Linux only.
+    """
     paths = [*folder.glob("[!_]*.py"), *folder.glob("[!_]*/__init__.py")]
     found = {
         path.parent.name if path.name == "__init__.py" else path.stem: path
         for path in paths
     }
+    if importlib.util.find_spec("triton") is None:
+        found.pop("kernels", None)
     known = [name for name in ORDER if name in found]
     return {name: found[name] for name in [*known, *sorted(found.keys() - set(known))]}
 

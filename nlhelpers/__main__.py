@@ -249,7 +249,7 @@ def run_grid(options: argparse.Namespace) -> None:
         done = grids.run_all(
             wanted, options.records, device, time_budget=budget, client=client
         )
-    if training.is_first():
+    if training.is_first() and done:
         print(report.summary(done).to_string(index=False))
 
 

@@ -21,11 +21,12 @@ from nlhelpers import (
 )
 from nlhelpers import data as datasets
 from nlhelpers.data import DataSet, NoisyData, Truth
-from nlhelpers.methods import METHODS, loss_correction
+from nlhelpers.methods import METHODS, clean_only, loss_correction
 from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.specs import CRAWLED_SETS, Spec
 from nlhelpers.training import (
+    Auxiliary,
     Correction,
     DivergenceError,
     Epoch,
@@ -222,6 +223,7 @@ def run(
     """Train by the spec's method and return the record.
 
     Raises:
+        ValueError: for what the method refuses, as a clean set without some class.
         DivergenceError: if the loss stops being finite.
         DataError: if the data set is missing or damaged.
     """
@@ -229,6 +231,8 @@ def run(
     made_from = source(spec, device.type)  # before training: a folder may change
     seen, truth = data_for(spec, device)
     method = METHODS[spec.method]
+    if spec.num_clean and not method.verdicts:
+        clean_only.check_clean_set(seen)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     history, screening, label_accuracy, transition = [], None, [], None
@@ -283,7 +287,8 @@ def attempt(
     started, trained = time.perf_counter(), []
 
     def noted(event: Event) -> None:
-        trained.append(True)
+        if isinstance(event, Epoch | Auxiliary):
+            trained.append(True)
         progress(event)
 
     try:

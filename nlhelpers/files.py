@@ -276,7 +276,7 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     Its shorter side is scaled to `size`, and its centre is cut out.
 
     Raises:
-        DataError: if the file is missing or damaged; the message names it.
+        DataError: if the file is missing, damaged or too deep; the message names it.
     """
     with opened(path) as image:
         # A large JPEG is decoded at a half or less of its size: much faster, and the
@@ -294,11 +294,19 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     kinds of JPEG.
 
     Raises:
-        DataError: if that fails, or what is done with it; the message names the file.
+        DataError: if that fails, what is done with it does, or a pixel has more than 8
+            bits of grey, all of which PIL would turn white; the message names the file.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path} has more than 8 bits a pixel (PIL's mode {image.mode}); "
+                    "convert it to 8 bits, or remove it, and from its list, if any"
+                )
             yield image
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing; put it there, or take it out of its list, if any"

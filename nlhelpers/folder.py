@@ -112,11 +112,15 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
 def fingerprint(root: Path | None = None) -> str:
     """A hash of the names and sizes of all files: with others, the numbers are others.
 
+    Links are followed, as they are when the images are listed.
+
     Args:
         root: as in `load`; it need not be there.
     """
     root = folder(root)
-    files = (path for path in root.rglob("*") if path.is_file())
+    walked = os.walk(root, followlinks=True)
+    paths = (Path(parent, name) for parent, _, names in walked for name in names)
+    files = (path for path in paths if path.is_file())
     found = sorted((str(path.relative_to(root)), path.stat().st_size) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()
 

@@ -145,8 +145,9 @@ def confuse(
 
     The half of the images that look most like another class, by their distance to the
     classes' mean images, gets three in four of the wrong labels, and those are that
-    other class's. In the clearer half, wrong labels are pure random. It is our own
-    noise, for methods that ask which images are confusing (Xiao et al. 2015).
+    other class's. (From a rate of 2/3 on all of its labels are wrong.) In the clearer
+    half, wrong labels are pure random. It is our own noise, for methods that ask which
+    images are confusing (Xiao et al. 2015).
 
     Args:
         images: (N, C, H, W) uint8.

@@ -41,8 +41,9 @@ def append(path: Path, record: Record) -> None:
     """Append one record, so that the file holds either all of it or none of it.
 
     Raises:
-        RecordError: if the folder is read-only, the disk is full or the file ends in
-            the middle of a line; what was there before stays as it was.
+        RecordError: if the folder is read-only, the disk is full, the file cannot be
+            locked or ends in the middle of a line; what was there before stays as it
+            was.
     """
     path = Path(path)
     line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -54,7 +55,7 @@ def append(path: Path, record: Record) -> None:
             f"cannot write records to {path}: {error.strerror}"
         ) from error
     try:
-        flock(file, LOCK_EX)  # until the file is closed; others wait for their turn
+        _lock(file, path)
         before = os.fstat(file).st_size
         if before and os.pread(file, 1, before - 1) != b"\n":
             raise RecordError(_cut_off(path))
@@ -76,11 +77,22 @@ def check_writable(path: Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):  # leaves an empty file where there was none
-            pass
+        with path.open("ab") as stream:  # leaves an empty file where there was none
+            _lock(stream.fileno(), path)
     except OSError as error:
         raise RecordError(
             f"cannot write records to {path}: {error.strerror}"
+        ) from error
+
+
+def _lock(file: int, path: Path) -> None:
+    """Have an open file alone until it is closed; others wait for their turn."""
+    try:
+        flock(file, LOCK_EX)
+    except OSError as error:
+        raise RecordError(
+            f"cannot lock {path}: {error.strerror}; its file system has none, or "
+            "they are off, so write records to another one"
         ) from error
 
 
@@ -160,11 +172,16 @@ def peak_memory(device: torch.device) -> float | None:
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout this package runs from; None outside of one."""
-    call = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(call, capture_output=True, text=True, check=True)
+        _git("ls-files", "--error-unmatch", "__init__.py")  # not in somebody else's
+        return _git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    call = ["git", "-C", str(PACKAGE), *words]
+    found = subprocess.run(call, capture_output=True, text=True, check=True)
     return found.stdout.strip()
 
 

@@ -64,7 +64,7 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
     """One row per group of records that differ in their seed alone.
 
     Accuracies and rates are in percent; `std` is the sample standard deviation over the
-    seeds, NaN for one seed. Network, clean set, T and what a task is have a column where
+    seeds, NaN for one seed. Network, clean set, T and what a task is have columns where
     they differ. Runs that stopped are left out.
     """
     columns = {

@@ -211,6 +211,13 @@ def test_notebook_form(path):
     assert "## Key takeaways" in prose
 
 
+def test_where_there_is_no_triton_no_page_is_about_it(monkeypatch):
+    everything = pages.public_modules(TOP / "nlhelpers")
+    assert "kernels" in everything
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    assert everything.keys() - pages.public_modules(TOP / "nlhelpers") == {"kernels"}
+
+
 # ---------------------------------------------------------------- the built pages
 
 

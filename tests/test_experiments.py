@@ -38,6 +38,12 @@ def test_the_paper_profile_is_the_papers():
 # ---------------------------------------------------------------- one run
 
 
+@pytest.mark.parametrize("method", ["clean-only", "two-stage", "forward"])
+def test_a_clean_set_needs_an_image_of_every_class(cpu, method):
+    with pytest.raises(ValueError, match="clean set of 5 images has none of class"):
+        experiments.run(Spec(method, num_clean=5, profile="smoke"), cpu)
+
+
 def test_labels_of_every_noise(cpu):
     dataset = experiments.load("digits")
     identity = tuple(tuple(row) for row in torch.eye(10).tolist())

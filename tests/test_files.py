@@ -378,6 +378,17 @@ def test_a_damaged_file_is_named(broken, generator, how):
     assert images[4].shape == (3, SIZE, SIZE)
 
 
+@pytest.mark.parametrize(("ending", "kind"), [("png", "uint16"), ("tiff", "float32")])
+def test_deep_grey_is_not_taken_for_white(tmp_path, ending, kind):
+    path = tmp_path / f"deep.{ending}"
+    Image.fromarray(np.full((SIZE, SIZE), 20_000, dtype=kind)).save(path)
+    with pytest.raises(DataError, match=f"^{path} has more than 8 bits a pixel"):
+        files.decode(path, SIZE)
+    images = ImageFiles(tmp_path, [path.name], SIZE, workers=0)
+    for thorough in (False, True):
+        assert images.broken(thorough=thorough).tolist() == [True]
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_a_damaged_file_is_named_by_a_worker(broken):
     images, path = broken

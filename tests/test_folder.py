@@ -198,6 +198,14 @@ def test_a_folder_that_changes_during_a_run(root, cpu):
     assert experiments.is_current(record)
 
 
+def test_an_image_that_a_link_leads_to_counts(root, tmp_path):
+    shutil.move(root / "cat", tmp_path / "elsewhere")
+    (root / "cat").symlink_to(tmp_path / "elsewhere")
+    before = folder.fingerprint(root)
+    (tmp_path / "elsewhere" / "more.txt").touch()
+    assert folder.fingerprint(root) != before
+
+
 def test_the_command_line(root, tmp_path):
     path = tmp_path / "runs.jsonl"
     call = ["run", "--dataset", "folder", "--model", "mlp", "--profile", "smoke"]

@@ -171,6 +171,20 @@ def test_what_is_refused_leaves_no_record(path, cpu):
     assert list(recorded(path)) == [SMOKE]
 
 
+def test_a_singular_known_t_is_refused(path, cpu):
+    """What a method says of T before it trains is no beginning of a training."""
+    wrong = Spec(
+        "backward",
+        noise="pair-flip",
+        noise_rate=0.5,
+        profile="smoke",
+        settings={"T": "known"},
+    )
+    with pytest.raises(ValueError, match=r"^T has the condition number"):
+        run_all([wrong], path, cpu)
+    assert records.read(path) == []
+
+
 def test_a_missing_data_set_stops_at_once(path, cpu, monkeypatch):
     calls = []
 

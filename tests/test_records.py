@@ -127,6 +127,34 @@ def test_read_only_folder(act, path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_file_system_without_locks_is_met_before_training(path, monkeypatch):
+    before = path.read_bytes()
+
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "flock", refuse)
+        message = f"cannot lock {path}: No locks available; its file system has none"
+        for act in (records.check_writable, lambda path: records.append(path, RECORD)):
+            with pytest.raises(RecordError, match=message):
+                act(path)
+    assert path.read_bytes() == before
+
+
+def test_the_commit_is_that_of_this_package_alone(tmp_path, monkeypatch):
+    """Installed below somebody's own project, it has none."""
+    monkeypatch.setattr(records, "PACKAGE", tmp_path / "site-packages")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for words in ("init -q", "commit -q --allow-empty -m theirs"):
+        subprocess.run([*git, *words.split()], check=True)
+    assert records.commit.__wrapped__() is None
+    subprocess.run([*git, "add", "."], check=True)
+    assert len(records.commit.__wrapped__()) == 40
+
+
 def test_a_folder_is_no_file(tmp_path):
     for act in (records.check_writable, lambda path: records.append(path, RECORD)):
         with pytest.raises(RecordError, match=r"cannot write records to .*directory"):

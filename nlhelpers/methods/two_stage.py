@@ -47,8 +47,10 @@ def two_stage(
     Args:
         data: images with noisy labels.
         setup: network and recipe, the same for both stages.
-        threshold: probability from which a consistent label is kept.
-        at_least: share of each class that is kept in any case, the most probable first.
+        threshold: probability from which a consistent label is kept. It and both shares
+            are for stage 1 without a clean set; with one they have no say.
+        at_least: share of each class that is kept in any case, the most probable first,
+            unless it is above `at_most`.
         at_most: share of each class that is kept at most; with `at_least` the same,
             exactly that share is kept (Table 1).
         consistency: "temporal" ensembling, or the "pi" model (Algorithm 1).
