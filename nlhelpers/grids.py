@@ -7,10 +7,12 @@ of any scheduler. A worker returns its record; only this process writes.
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import os
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -312,6 +314,10 @@ def connected(scheduler: str) -> Iterator["Client"]:
         client = distributed.Client(scheduler, timeout=WAIT)
     # A server of another kind can make it a MemoryError, "tls://" a TypeError.
     except (OSError, ValueError, TypeError, MemoryError) as error:
+        # Dask closes what failed to connect when that is collected, and hangs if this
+        # is while another client starts. So it is now.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         raise ValueError(
             f"no Dask scheduler answers at {scheduler!r}; start one with "
             "`dask scheduler`, give the address that it prints, or leave it out"

@@ -1,6 +1,7 @@
 """Grids go on where they were killed, and no record is lost or repeated."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -462,6 +463,22 @@ def test_workers_that_cannot_be_had(count, scheduler, message, monkeypatch):
     monkeypatch.setattr(grids, "WAIT", 0.5)
     with pytest.raises(ValueError, match=message), grids.workers(count, scheduler):
         pass
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "tls://127.0.0.1:9"])
+def test_nothing_is_left_of_what_failed_to_connect(address, monkeypatch):
+    """What is closed only when it is collected can hang a client that starts then."""
+    monkeypatch.setattr(grids, "WAIT", 0.5)
+    before = clients()
+    with pytest.raises(ValueError, match="no Dask scheduler") as caught:
+        grids.workers(None, address).__enter__()
+    assert clients() == before
+    assert caught.value.__cause__ is not None
+
+
+def clients():
+    distributed = pytest.importorskip("distributed")
+    return sum(type(thing) is distributed.Client for thing in gc.get_objects())
 
 
 def test_workers_are_none_of_torchruns_processes(monkeypatch):
