@@ -44,8 +44,9 @@ def compiled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of K binary cross-entropies, each class against the others, per example.
 
-    Positives of a class are K - 1 times rarer than its negatives when the classes are
-    balanced, so they weigh K - 1 times as much (Ding et al. 2018, section 3.1).
+    As in Ding et al. (2018), section 3.1. That positives weigh K - 1 times as much is
+    ours: in balanced data they are as many times rarer than negatives. So a classifier
+    says yes where a class is more probable than 1 / K, and not only from 1/2 on.
 
     Args:
         logits: (N, K); column k is the binary classifier of class k.
@@ -176,7 +177,7 @@ def bootstrap_soft(logits: Tensor, labels: Tensor, beta: float = 0.95) -> Tensor
 def bootstrap_hard(logits: Tensor, labels: Tensor, beta: float = 0.8) -> Tensor:
     """Beta times the given label's cross-entropy, the rest that of the predicted one.
 
-    Reed et al. (2015), section 3.3.
+    Reed et al. (2015), section 3.2.
 
     Args:
         logits: (N, K).

@@ -117,7 +117,11 @@ class ResidualUnit(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """6n + 2 layers for small images, widths 16-32-64 (He et al. 2016, section 4.2)."""
+    """6n + 2 layers for small images, widths 16-32-64 (He et al. 2016, section 4.2).
+
+    Ding et al. (2018) take theirs from Patrini et al. (2017), whose program of today
+    normalises before a convolution and has shortcuts with 1 x 1 convolutions.
+    """
 
     def __init__(
         self, channels: int, num_classes: int, n: int = 2, dropout: float = 0.0

@@ -10,7 +10,8 @@ layer, a = attention, y = labels as given, l = verification labels (1 right, 0 w
 UNKNOWN if nobody looked), cos = relevance of an image to its label, omega = weight of
 wrong labels, beta and gamma = weights of two terms of the loss, tau = threshold.
 
-Layers, sizes and the loss are those of the code that the authors published.
+Layers, their sizes and the loss are those of the code that the authors published; m is
+32 there.
 """
 
 import math

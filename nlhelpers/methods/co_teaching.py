@@ -79,7 +79,7 @@ class Pair(nn.Module):
 
 
 def share_kept(T: float, tau: float, T_k: float, c: float) -> float:
-    """R(T) = 1 - tau min(T^c / T_k, 1), section 4.3; it holds once T epochs are done.
+    """R(T) = 1 - tau min(T^c / T_k, 1), section 4.2; it holds once T epochs are done.
 
     So the first epoch keeps all, as Algorithm 1 updates R at the end of an epoch.
     """

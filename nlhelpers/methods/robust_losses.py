@@ -1,7 +1,8 @@
 """Losses that bear noise: cross-entropy's training with another loss in its place.
 
 The first five are rows of Ding et al. (2018), Table 3, whose numbers come from the
-program of Patrini et al. (2017); defaults are that program's. The last two are newer.
+program of Patrini et al. (2017); defaults are that program's, and for the hard
+bootstrap, which it lacks, those of Reed et al. (2015). The last two are newer.
 Settings are named as in `nlhelpers.losses`.
 """
 

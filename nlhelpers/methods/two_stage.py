@@ -58,8 +58,11 @@ def two_stage(
             30 ("temporal") or 100 ("pi") over K.
         fixed_alpha: hold alpha constant, as the paper does on large data.
         decay: a of the temporal ensemble.
-        noise_std: of the Gaussian noise layer in stage 2.
-        dropout: in stage 2, inside the residual units of a ResNet.
+        noise_std: of the Gaussian noise layer in stage 2; 1 is the full range of a
+            pixel. The paper names none; 0.15 is Laine and Aila's, whose pixels have a
+            standard deviation of 1.
+        dropout: in stage 2, inside the residual units of "resnet14"; of "resnet50"
+            before its last layer.
     """
     shares = {"threshold": threshold, "at_least": at_least, "at_most": at_most}
     check_shares(**shares, dropout=dropout)
