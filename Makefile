@@ -33,7 +33,7 @@ grade: $(ENV) ## grade notebooks: make grade SHEET=noise SUBMISSIONS=folder
 	  SUBMISSIONS=folder))
 	@$(BIN)/python notebooks/coursework/grade.py $(SHEET) "$(SUBMISSIONS)" \
 	  $(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes $(MINUTES)) \
-	  $(if $(MEMORY),--memory $(MEMORY)) $(if $(TRUST),--trust)
+	  $(if $(MEMORY),--memory $(MEMORY)) $(if $(filter yes,$(TRUST)),--trust)
 
 lint: $(ENV) ## check style and format, notebooks included
 	$(BIN)/ruff check .

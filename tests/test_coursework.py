@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import assign
+import confined
 import grade
 from grade import Limits
 
@@ -308,6 +309,15 @@ def test_points_stay_in_their_range():
         ("ann", "q2", 0.0),
         ("ann", "sheet", 3.0),
     ]
+
+
+def test_a_check_within_a_block_leaves_a_block():
+    source = "try:\n    grader.check('q1')  # so far\nexcept ValueError:\n    raise"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    checks = confined.Checks({"q1": "def test_it():\n    assert True"}, 5)
+    for cell in checks.before_execution(notebook).cells:
+        compile(cell.source, "<cell>", "exec")
+    assert checks.questions.count("q1") == 1
 
 
 def test_texts_are_plain():

@@ -178,6 +178,12 @@ def test_the_check_cell_takes_the_defaults(notebook, check_cell):
     check_cell(notebook)
 
 
+@each_notebook
+def test_every_parameter_may_be_given(notebook, check_cell):
+    given = defaults(notebook)
+    check_cell(notebook, **{k: v for k, v in given.items() if k != "records_file"})
+
+
 BAD = [
     (
         "record_file",

@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-CHECK = re.compile(r"""(?m)^\s*grader\.check\(\s*["'](\w+)["']\s*\).*$""")
+CHECK = re.compile(r"""(?m)^([ \t]*)grader\.check\(\s*["'](\w+)["']\s*\).*$""")
 LOUD = 10_000_000  # characters of output that are worth a word to the teacher
 
 # What Python, torch and Jupyter read beside their own files. Not all of /proc: root may
@@ -71,8 +71,8 @@ class Checks:
         for cell in notebook.cells:
             if cell.cell_type != "code":
                 continue
-            cells.append((None, CHECK.sub("", cell.source)))
-            for name in CHECK.findall(cell.source):
+            cells.append((None, CHECK.sub(r"\1pass", cell.source)))
+            for _, name in CHECK.findall(cell.source):
                 if name in waiting:
                     cells.append((name, test_cell(name, waiting.pop(name))))
         cells += [(name, test_cell(name, source)) for name, source in waiting.items()]
