@@ -91,7 +91,7 @@ def _lock(file: int, path: Path) -> None:
         flock(file, LOCK_EX)
     except OSError as error:
         raise RecordError(
-            f"cannot lock {path}: {error.strerror}; its file system has none, or "
+            f"cannot lock {path}: {error.strerror}; its file system has no locks, or "
             "they are off, so write records to another one"
         ) from error
 

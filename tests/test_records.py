@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_is_met_before_training(path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(records, "flock", refuse)
-        message = f"cannot lock {path}: No locks available; its file system has none"
+        message = f"cannot lock {path}: No locks available; its file system has no"
         for act in (records.check_writable, lambda path: records.append(path, RECORD)):
             with pytest.raises(RecordError, match=message):
                 act(path)
