@@ -141,7 +141,7 @@ def test_every_selector_runs_by_name(selector, cpu):
         ({"settings": {"S_c": 1.0}}, "S_c is 1.0"),
         ({"settings": {"top": 1.0}}, "top is 1.0"),
         ({"settings": {"finetune": True}}, "there is no clean set; set num_clean"),
-        ({"num_clean": 12}, "class . has . images for 3 prototypes"),
+        ({"num_clean": 30}, "class . has . images for 3 prototypes"),
     ],
 )
 def test_bad_settings(values, message, cpu):

@@ -44,7 +44,7 @@ def parts_of(path):
     for cell in nbformat.read(path, as_version=4).cells:
         found = CHECK.search(cell.source)
         if found:
-            parts[found[1]], waiting = waiting, []
+            parts[found[2]], waiting = waiting, []
         elif cell.cell_type == "code":
             waiting.append(cell.source)
     return parts
