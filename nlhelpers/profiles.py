@@ -122,7 +122,7 @@ def of_folder(model: str, profile: str) -> Recipe:
 def upsampled(model: str, profile: str, num_images: int) -> Recipe:
     """The recipe of a task whose few images are repeated to many (`binary`).
 
-    They are repeated equally often, so `limit` is a multiple of them.
+    More images than a profile has rows for are all taken, once each.
     """
     recipe = replace(RECIPES[model], crop=0, flip=False)
     if profile == "smoke":
@@ -130,8 +130,7 @@ def upsampled(model: str, profile: str, num_images: int) -> Recipe:
     if profile == "quick":
         recipe = replace(shortened(recipe, QUICK[model]), limit=5_000)
     rows = recipe.limit or binary.UPSAMPLED
-    even = max(1, rows // num_images) * num_images
-    return recipe if even == rows else replace(recipe, limit=even)
+    return recipe if num_images <= rows else replace(recipe, limit=num_images)
 
 
 def shortened(recipe: Recipe, epochs: int) -> Recipe:
