@@ -178,6 +178,9 @@ def test_xiaos_table_2():
         assert found[row, "Clothing1M, test"].value == test
         share = found[row, "CIFAR-10N, worst"].spec.num_clean / 50_000
         assert 0.02 < share < 0.04
+    ours = dict(found["6 ours", "Clothing1M, test"].spec.settings)
+    assert ours["start_pretrained"] and ours["types_rate"] == 1
+    assert ours["types_epochs"] == 5_000 / 15_000  # steps in the authors' solvers
 
 
 def test_xiaos_logs():

@@ -34,7 +34,8 @@ def noise_model(
     """Train both networks on the clean set, then both on everything by EM.
 
     The second starts with the first one's convolutions and trains for a short time at a
-    low rate. The paper does not say so; the authors' published code for CIFAR-10 does.
+    low rate. The paper does not say so; the authors' published code for CIFAR-10 does
+    (three tenths of the steps; its last layer alone has the first one's rate).
     A longer training makes it so sure of the given labels that nothing overrules one.
 
     Args:

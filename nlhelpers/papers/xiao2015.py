@@ -25,6 +25,9 @@ CLOTHING1M = {
     "noise_rate": None,
     "num_clean": 47_570,
 }
+# The second network there, by the authors' solvers: 5,000 steps where the first has
+# 15,000, both from a rate of 0.001. For CIFAR-10 theirs are near the defaults of ours.
+CLOTHING1M_TYPES = {"types_epochs": 1 / 3, "types_rate": 1.0}
 # The clean share of the paper is 47,570 of 1.5 million and more: about 3 %.
 OPEN = {
     "CIFAR-10N, worst": {
@@ -49,7 +52,8 @@ def _table2() -> tuple[Cell, ...]:
         settings = {"start_pretrained": True} if method in FROM_ROW_2 else {}
         note = "the run of the test column; its record has the validation accuracy too"
         cells.append(Cell(row, "Clothing1M, validation", validation, note=note))
-        spec = Spec(method, profile="paper", settings=settings, **CLOTHING1M)
+        types = CLOTHING1M_TYPES if method == "noise-model" else {}
+        spec = Spec(method, profile="paper", settings=settings | types, **CLOTHING1M)
         cells.append(Cell(row, "Clothing1M, test", test, spec=spec))
         for column, values in OPEN.items():
             spec = Spec(method, profile="paper", settings=settings, **values)
