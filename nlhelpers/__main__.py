@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nlhelpers import data, experiments, grids, profiles, records, report, training
 from nlhelpers.methods import METHODS
@@ -132,7 +133,12 @@ def minutes(text: str) -> float:
 
 
 def specs(options: argparse.Namespace) -> list[Spec]:
-    """The runs that the options name."""
+    """The runs that the options name, each once."""
+    return list(dict.fromkeys(named(options)))
+
+
+def named(options: argparse.Namespace) -> list[Spec]:
+    """The runs that the options name, as often as they do."""
     if options.table is not None:
         known("table", options.table, TABLES)
         known("profile", options.profile, profiles.PROFILES)
@@ -181,7 +187,8 @@ def check_choice(options: argparse.Namespace) -> None:
     for name in options.noise or []:
         known("noise", name, NOISE_NAMES)
     for p in options.noise_rate or []:
-        check_rate(p)
+        if p is not None:  # of labels that have their own
+            check_rate(p)
     fixed = ("model", "num_clean", "transition", "task", "pi", "num_images", "set")
     for name in (name for name in fixed if getattr(options, name)):
         option = "--" + name.replace("_", "-")
@@ -237,20 +244,25 @@ def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
 def run_grid(options: argparse.Namespace) -> None:
     """Run what is asked for and not recorded, then print all of it."""
     budget = None if options.time_budget is None else 60 * options.time_budget
-    device = training.pick_device(options.device)
     wanted = specs(options)
     alone = options.workers is None and options.scheduler is None
-    if alone and device.type == "cuda" and len(wanted) > 1:
-        print(
-            "One run at a time; several share a GPU much better: "
-            f"--workers {os.cpu_count()}"
-        )
-    with grids.workers(options.workers, options.scheduler, device) as client:
+    if alone and len(wanted) > 1 and "RANK" not in os.environ:
+        advise(training.pick_device(options.device))
+    with grids.workers(options.workers, options.scheduler, options.device) as client:
         done = grids.run_all(
-            wanted, options.records, device, time_budget=budget, client=client
+            wanted, options.records, options.device, time_budget=budget, client=client
         )
     if training.is_first() and done:
         print(report.summary(done).to_string(index=False))
+
+
+def advise(device: torch.device) -> None:
+    """Say that a GPU would do several runs at once."""
+    if device.type == "cuda":
+        print(
+            "One run at a time; several share a GPU much better: "
+            f"--workers {torch.get_num_threads()}"
+        )
 
 
 def show_table(options: argparse.Namespace) -> None:

@@ -48,7 +48,8 @@ class DataSet:
     """Images with their true labels, as published.
 
     Attributes:
-        images: (N, C, H, W) uint8, in the published order.
+        images: (N, C, H, W) uint8, in the published order; of the digits, in that of
+            `digits`.
         labels: (N,) int64, true.
         test_images: (M, C, H, W) uint8.
         test_labels: (M,) int64, true.
@@ -108,7 +109,7 @@ class Truth:
         val_labels: (V,) int64, of `NoisyData.val_images`.
         test_images: (M, C, H, W) uint8.
         test_labels: (M,) int64.
-        index: (N,) int64, where each training image stands in the published order.
+        index: (N,) int64, where each training image stands in `DataSet.images`.
     """
 
     labels: Tensor
@@ -159,7 +160,8 @@ def split(
         val_share: share left out for validation (Ding et al. 2018 leave out 10 %).
         num_clean: images with true labels, taken from the training part.
         clean_val: validate on true labels, as some papers do.
-        limit: train, validate and test on so many images in all; None is all of them.
+        limit: train and validate on so many images in all, and test on as many; None is
+            all of them.
     """
     noise.check_labels(noisy_labels, dataset.num_classes)
     if len(noisy_labels) != len(dataset.images):

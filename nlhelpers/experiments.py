@@ -285,6 +285,7 @@ def attempt(
         ValueError: for what a method refuses before it trains.
     """
     started, trained = time.perf_counter(), []
+    made_from = source(spec, device.type)  # as `run` has it
 
     def noted(event: Event) -> None:
         if isinstance(event, Epoch | Auxiliary):
@@ -301,7 +302,7 @@ def attempt(
             "recipe": spec.recipe.as_dict(),
             "stopped": str(error),
             "seconds": round(time.perf_counter() - started, 3),
-            **records.provenance(device, source(spec, device.type)),
+            **records.provenance(device, made_from),
         }
 
 
@@ -430,9 +431,10 @@ def stopped(found: Iterable[Record]) -> list[Record]:
 
 def newest(found: Iterable[Record]) -> Iterable[Record]:
     """One record per spec and device: the last that today's code made, or the last."""
-    chosen: dict[tuple[Spec | None, str], Record] = {}
+    chosen: dict[tuple[object, str], Record] = {}
     for record in found:
-        key = spec_of(record), record["device"]
+        # What today's code does not know is told apart by its text.
+        key = spec_of(record) or repr(record["spec"]), record["device"]
         if key not in chosen or is_current(record) or not is_current(chosen[key]):
             chosen[key] = record
     return chosen.values()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
-from torch import Generator, Tensor, distributed
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from nlhelpers import batches
@@ -181,12 +181,13 @@ def packed(names: Sequence[str | bytes | Path] | np.ndarray) -> np.ndarray:
 
 
 def cores() -> int:
-    """Cores that this process may use, shared with the others that train beside it."""
+    """Cores that this process may use, shared with the others that train beside it.
+
+    torchrun and our Dask workers say how many there are on this machine.
+    """
     able = getattr(os, "sched_getaffinity", None)
     count = len(able(0)) if able else os.cpu_count() or 1
-    if distributed.is_available() and distributed.is_initialized():
-        count //= distributed.get_world_size()
-    return max(1, count)
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A folder of images of your own: in it, one folder of files for each class.
 
-An image's label is the name of the folder that it lies in, right or wrong. Nobody knows
+An image's label is the name of the folder that it lies in, right or wrong. What has a
+name that begins with a dot does not count, as systems leave such things. Nobody knows
 the truth, so that validation and test images have labels as they were given, too: how
 often a network agrees with these says less than how often it is right.
 """
@@ -31,7 +32,7 @@ def load(
     size: int = 256,
     crop_to: int | None = None,
     clean_val: bool = True,
-    thorough: bool = False,
+    thorough: bool = True,
 ) -> tuple[NoisyData, Truth]:
     """The images of a folder, divided at random; there is no clean set.
 
@@ -102,6 +103,7 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
         found, _ = find_classes(root)
     except FileNotFoundError:
         found = []
+    found = [name for name in found if not name.startswith(".")]
     if len(found) < 2:
         raise DataError(
             f"{root} has {len(found)} of the two or more folders it needs; {advice}"
@@ -120,7 +122,7 @@ def fingerprint(root: Path | None = None) -> str:
     root = folder(root)
     walked = os.walk(root, followlinks=True)
     paths = (Path(parent, name) for parent, _, names in walked for name in names)
-    files = (path for path in paths if path.is_file())
+    files = (path for path in paths if path.is_file() and not hidden(path, root))
     found = sorted((str(path.relative_to(root)), path.stat().st_size) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
@@ -135,6 +137,7 @@ def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """
     numbers = {name: number for number, name in enumerate(classes)}
     files = make_dataset(root, numbers, IMG_EXTENSIONS, allow_empty=True)
+    files = [(path, label) for path, label in files if not hidden(Path(path), root)]
     empty = set(classes) - {classes[label] for _, label in files}
     if empty:
         raise DataError(
@@ -142,3 +145,8 @@ def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
             f"are files that end in {', '.join(IMG_EXTENSIONS)}"
         )
     return files
+
+
+def hidden(path: Path, root: Path) -> bool:
+    """Whether a file, or a folder above it below the root, begins with a dot."""
+    return any(name.startswith(".") for name in path.relative_to(root).parts)

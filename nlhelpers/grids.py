@@ -11,6 +11,7 @@ import gc
 import itertools
 import math
 import os
+import threading
 import time
 import traceback
 from collections import Counter
@@ -21,10 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from nlhelpers import experiments, mps, records, training
+from nlhelpers import experiments, folder, mps, records, training
 from nlhelpers.methods import METHODS
 from nlhelpers.records import Record
-from nlhelpers.specs import Spec
+from nlhelpers.specs import CRAWLED_SETS, Spec
 from nlhelpers.training import Auxiliary, Epoch, Event
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 WAIT = 10  # seconds for a scheduler to answer
 EPOCHS = Epoch, Auxiliary  # what moves the bar
+ALONE = threading.Lock()  # a run draws from torch's generators, which a process shares
 
 # Dask looks after its workers up to a hundred times a second, and each look takes the
 # interpreter from a run of small steps: a tenth of the time in all. Once a second is
@@ -69,7 +71,7 @@ def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
 def run_all(
     specs: Iterable[Spec],
     path: Path,
-    device: torch.device,
+    device: torch.device | str,
     *,
     time_budget: float | None = None,
     client: "Client | None" = None,
@@ -82,7 +84,8 @@ def run_all(
         specs: the runs; those in `path` that today's code made are not repeated, nor
             are those that it had to stop.
         path: a .jsonl file.
-        device: to train on; of workers, each takes its own of this kind.
+        device: to train on, or its name, as in `training.pick_device`; of workers, each
+            takes its own of this kind.
         time_budget: seconds after which no further run is started.
         client: of a Dask scheduler, on whose workers the runs go; None is here, one
             after the other.
@@ -92,10 +95,12 @@ def run_all(
 
     Raises:
         GridError: in the end, if runs failed, now or as `path` says; at once, if the
-            scheduler is lost or a worker has other code.
+            scheduler is lost or a worker has other code or no such device.
         ValueError: of a single run that is refused.
     """
     specs = list(specs)
+    if client is None:
+        device = training.pick_device(device)
     ends = math.inf if time_budget is None else time.perf_counter() + time_budget
     done = recorded(path)
     records.check_writable(path)
@@ -103,7 +108,11 @@ def run_all(
     failed = {}
     with training.processes(device):
         todo = [spec for spec in dict.fromkeys(specs) if spec not in done]
+        elsewhere = client is not None and client.cluster is None
+        if first and not elsewhere:  # else the workers have data of their own
+            fetch(todo)
         todo = training.agreed(todo)
+        remember_code(todo)
         if first:
             count = len(set(specs))
             print(f"{count - len(todo)} of {count} runs are recorded in {path}")
@@ -121,18 +130,36 @@ def run_all(
                 left -= 1
                 if isinstance(outcome, Exception):
                     failed[spec] = outcome
-                    bar.write(f"failed: {spec}: {outcome}")
+                    say(bar, f"failed: {spec}: {outcome}")
                     continue
                 done[spec] = outcome
                 if first:
                     records.append(path, outcome)
                 if "stopped" in outcome:
-                    bar.write(f"stopped: {spec}: {outcome['stopped']}")
-            if left and first:
-                bar.write("The time budget is spent; the same command goes on later.")
+                    say(bar, f"stopped: {spec}: {outcome['stopped']}")
+            if left:
+                say(bar, "The time budget is spent; the same command goes on later.")
     found = {spec: done[spec] for spec in specs if spec in done}
     check_all_ended(found, failed, path)
     return [found[spec] for spec in specs if spec in found]
+
+
+def fetch(todo: list[Spec]) -> None:
+    """Download what is not there of the runs' data, before several processes would."""
+    for name in {spec.dataset for spec in todo} - CRAWLED_SETS.keys():
+        experiments.load(name)
+
+
+def remember_code(todo: list[Spec]) -> None:
+    """Read the code behind runs now, as imported: it may change while they go."""
+    for spec, kind in itertools.product(todo, ("cpu", "cuda")):
+        experiments.source(spec, kind)
+
+
+def say(bar: tqdm, text: str) -> None:
+    """Write a line above the bar; of several processes, the first does."""
+    if training.is_first():
+        bar.write(text)
 
 
 def check_all_ended(
@@ -221,7 +248,7 @@ def advance(bar: tqdm, event: Event) -> None:
 
 @contextlib.contextmanager
 def workers(
-    count: int | None, scheduler: str | None, device: torch.device = CPU
+    count: int | None, scheduler: str | None, device: torch.device | str = CPU
 ) -> Iterator["Client | None"]:
     """A Dask client: of `count` processes here, or of the scheduler at an address.
 
@@ -261,12 +288,11 @@ def workers(
         with connected(scheduler) as client:
             yield client
         return
-    threads = max(1, (os.cpu_count() or 1) // count)
-    several = device.type == "cuda" and count > 1
+    several = training.pick_device(device).type == "cuda" and count > 1
     with (
         unchanged_environment(),
         mps.service() if several else contextlib.nullcontext({}) as found,
-        dask.config.set(UNDISTURBED | environment(threads, found)),
+        dask.config.set(UNDISTURBED | environment(count, found)),
         distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, dashboard_address="localhost:0"
         ) as cluster,
@@ -286,19 +312,21 @@ def unchanged_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def environment(threads: int, more: dict[str, str]) -> dict[str, object]:
+def environment(count: int, more: dict[str, str]) -> dict[str, object]:
     """What Dask is told about the processes of this machine.
 
     Args:
-        threads: of each.
+        count: of them; they share what threads this one has.
         more: environment variables.
     """
+    threads = max(1, torch.get_num_threads() // count)
     return {
         # Instead of Dask's own, by which malloc gives memory back at every step and MKL
         # has one thread. For a GPU, each compiles in as many processes.
         "distributed.nanny.pre-spawn-environ": {
             "OMP_NUM_THREADS": threads,
             "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            "LOCAL_WORLD_SIZE": count,  # as torchrun says it; see `files.cores`
             **more,
         },
         "distributed.worker.daemon": False,  # it may have processes that read images
@@ -329,7 +357,7 @@ def connected(scheduler: str) -> Iterator["Client"]:
 def on_workers(
     todo: list[Spec],
     client: "Client",
-    device: torch.device,
+    device: torch.device | str,
     bar: tqdm,
     in_time: Callable[[], bool],
 ) -> Outcomes:
@@ -340,13 +368,14 @@ def on_workers(
     """
     from distributed import as_completed
 
+    kind = device if isinstance(device, str) else device.type
     waiting, running, epochs = iter(todo), {}, Counter()
     finished, topic = as_completed(), f"epochs for {client.id}"
 
     def start_more() -> None:
         free = max(not running, places(client) - len(running)) if in_time() else 0
         for spec in itertools.islice(waiting, free):
-            future = client.submit(run_here, spec, device.type, topic, pure=False)
+            future = client.submit(run_here, spec, kind, topic, pure=False)
             running[future] = spec
             finished.add(future)
         bar.set_description(f"{len(running)} at once")
@@ -373,14 +402,18 @@ def on_workers(
 
 
 def places(client: "Client") -> int:
-    """How many runs the workers can do at once."""
-    return sum(client.nthreads().values())
+    """How many runs the workers can do at once: one each, whatever their threads."""
+    return len(client.nthreads())
 
 
 def run_here(spec: Spec, device: str, topic: str) -> Record:
     """A run in a worker's own process, on its own device of a kind.
 
     Its epochs are told under the topic, by the key that the scheduler has for the run.
+
+    Raises:
+        GridError: if this worker has no such device.
+        ValueError: for what a method refuses before it trains.
     """
     from distributed import get_worker
 
@@ -388,7 +421,10 @@ def run_here(spec: Spec, device: str, topic: str) -> Record:
     key = worker.get_current_task()
     # The workers of this machine have numbers; those of others have names.
     number = worker.name if isinstance(worker.name, int) else None
-    own = training.pick_device(device, number)
+    try:
+        own = training.pick_device(device, number)
+    except ValueError as error:
+        raise GridError(f"the worker at {worker.address} says: {error}") from error
     if own.type == "cuda":
         torch.cuda.set_device(own)
 
@@ -396,7 +432,8 @@ def run_here(spec: Spec, device: str, topic: str) -> Record:
         if isinstance(event, EPOCHS):
             worker.log_event(topic, key)
 
-    return experiments.attempt(spec, own, progress=tell)
+    with ALONE:
+        return experiments.attempt(spec, own, progress=tell)
 
 
 def outcome_of(future: "Future") -> Record | Exception:
@@ -412,6 +449,8 @@ def outcome_of(future: "Future") -> Record | Exception:
         record = future.result()
     except ValueError as refused:
         return refused
+    except (torch.OutOfMemoryError, MemoryError) as short:
+        return GridError(f"{short}; fewer workers need less memory")
     except KilledWorker as killed:
         return GridError(
             f"{killed.allowed_failures + 1} workers in a row died of it, as they do "
@@ -422,6 +461,11 @@ def outcome_of(future: "Future") -> Record | Exception:
             "the scheduler is gone; the same command goes on with another one"
         ) from lost
     if not experiments.is_current(record):
+        if record["spec"]["dataset"] == folder.NAME:
+            return GridError(
+                f"the images in {folder.folder()} are not those that it was trained "
+                "on; leave them as they are while runs go, and alike on all machines"
+            )
         raise GridError(
             f"a worker returned a record by other code ({record['source']}, commit "
             f"{record['commit']}) than runs here; bring all workers to one commit"

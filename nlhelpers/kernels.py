@@ -337,7 +337,8 @@ def per_example(
     """A loss per example, (N,); the arguments are those of `loss_values`."""
     if table is not None:
         table = table.contiguous()
-    return loss_values(logits.contiguous(), labels, table, loss, a, b)
+    given = logits.contiguous(), labels.contiguous()
+    return loss_values(*given, table, loss, a, b)
 
 
 # The losses: names and arguments are those of `losses`, which says what they are.

@@ -11,9 +11,9 @@ from nlhelpers.training import Recipe
 
 PROFILES = ("smoke", "quick", "paper")
 
-# Ding et al. (2018), section 4.2; batch size from Patrini et al., weight decay from He et al.
-# (2016). The rate of 0.1 that Ding et al. print is taken to be SGD's; AdaGrad has 0.01
-# in the code of Patrini et al.
+# Ding et al. (2018), section 4.2; batch size from Patrini et al., weight decay from He
+# et al. (2016). The rate of 0.1 that Ding et al. print is taken to be SGD's; AdaGrad
+# has 0.01 in the code of Patrini et al.
 MLP = Recipe(epochs=40, batch_size=128, optimiser="adagrad", learning_rate=0.01)
 RESNET = Recipe(
     epochs=120,

@@ -29,6 +29,7 @@ except ImportError:  # Windows has no such locks: there, one process at a time
 
 Record = dict[str, Any]
 PACKAGE = Path(__file__).parent
+BINARY = getattr(os, "O_BINARY", 0)  # on Windows; elsewhere all files are
 SAVED = PACKAGE.parent / "book" / "records"  # the book's runs, in a checkout
 REPEATED = SAVED / "repeated"  # some of them again, on another kind of device
 
@@ -49,7 +50,7 @@ def append(path: Path, record: Record) -> None:
     line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
     except OSError as error:
         raise RecordError(
             f"cannot write records to {path}: {error.strerror}"
@@ -57,8 +58,10 @@ def append(path: Path, record: Record) -> None:
     try:
         _lock(file, path)
         before = os.fstat(file).st_size
-        if before and os.pread(file, 1, before - 1) != b"\n":
-            raise RecordError(_cut_off(path))
+        if before:
+            os.lseek(file, before - 1, os.SEEK_SET)
+            if os.read(file, 1) != b"\n":
+                raise RecordError(_cut_off(path))
         try:
             if os.write(file, line) != len(line):
                 raise OSError(None, "no space left for the whole record")

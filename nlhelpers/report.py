@@ -63,9 +63,9 @@ def style() -> None:
 def summary(done: Sequence[Record]) -> pd.DataFrame:
     """One row per group of records that differ in their seed alone.
 
-    Accuracies and rates are in percent; `std` is the sample standard deviation over the
-    seeds, NaN for one seed. Network, clean set, T and what a task is have columns where
-    they differ. Runs that stopped are left out.
+    Accuracies and realised rates are in percent; `std` is the sample standard deviation
+    over the seeds, NaN for one seed. Network, clean set, T and what a task is have
+    columns where they differ. Runs that stopped are left out.
     """
     columns = {
         "last": ("last_accuracy", "mean"),
@@ -84,7 +84,8 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
         return pd.DataFrame(columns=shown)
     groups = rows.groupby(by + varying, sort=False, dropna=False)
     shown[2:2] = [name for name in varying if rows[name].nunique() > 1]
-    return groups.agg(**columns).reset_index()[shown].round(2)
+    measured = ("last", "std", "best", "realised", "seconds")
+    return groups.agg(**columns).reset_index()[shown].round(dict.fromkeys(measured, 2))
 
 
 def flat(record: Record) -> Record:
@@ -108,7 +109,8 @@ def flat(record: Record) -> Record:
         "labels_first": corrected[0],
         "labels_last": corrected[-1],
     }
-    settings = ", ".join(f"{name}={value}" for name, value in spec["settings"].items())
+    known = experiments.spec_of(record)
+    settings = known.settings if known else spec["settings"].items()
     return {
         **{k: spec[k] for k in ("method", "dataset", "noise", "seed", "profile")},
         "rate": spec["noise_rate"],
@@ -118,7 +120,7 @@ def flat(record: Record) -> Record:
         "task": spec.get("task", ""),
         "pi": str(spec.get("pi")),
         "num_images": spec.get("num_images", 0),
-        "settings": settings,
+        "settings": ", ".join(f"{name}={value}" for name, value in settings),
         **{name: np.nan if x is None else 100 * x for name, x in shares.items()},
         "seconds": record["seconds"],
         "device": record["device"],

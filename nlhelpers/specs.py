@@ -182,6 +182,8 @@ class Spec:
             if type(value) not in kinds:
                 choice = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {value!r}; it must be of type {choice}")
+            if isinstance(defaults[name], float):  # 1 and 1.0 are one setting
+                settings[name] = float(value)
         if settings.get("T") == loss_correction.KNOWN and self.noise not in KNOWN_T:
             raise ValueError(
                 f"T is 'known' and noise is {self.noise!r}; T is known of "

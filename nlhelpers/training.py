@@ -459,19 +459,23 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
         yield torch.Generator(device=device).manual_seed(given)
 
 
-def pick_device(name: str = "auto", number: int | None = None) -> torch.device:
+def pick_device(
+    name: str | torch.device = "auto", number: int | None = None
+) -> torch.device:
     """The device by name: "auto" takes a GPU if there is one.
 
     Of several processes on a machine, each takes the GPU of its number; where there are
     more processes than GPUs, they share them evenly.
 
     Args:
-        name: "auto", "cpu" or "cuda".
+        name: "auto", "cpu" or "cuda"; what is a device already is taken as it is.
         number: of this process on its machine; None is what torchrun says, if it runs.
 
     Raises:
         ValueError: for another name, or for "cuda" on a machine without one.
     """
+    if isinstance(name, torch.device):
+        return name
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {name!r}; allowed are 'auto', 'cpu' and 'cuda'")
     if name == "cpu":

@@ -168,6 +168,23 @@ def test_both_labels_are_taken_where_more_of_them_are_known(cpu, more_of):
         assert torch.equal(values, every[index])
 
 
+def test_a_run_that_stops_has_the_source_of_its_start(cpu, monkeypatch):
+    def stop(*given, progress):
+        monkeypatch.setattr(experiments, "source", lambda *given: "of another folder")
+        progress(training.Auxiliary(None))
+        raise ValueError("no loss")
+
+    monkeypatch.setattr(experiments, "run", stop)
+    monkeypatch.setattr(experiments, "source", lambda *given: "of today")
+    record = experiments.attempt(SMOKE, cpu)
+    assert (record["source"], record["stopped"]) == ("of today", "no loss")
+
+
+def test_records_of_forgotten_methods_are_all_kept():
+    old = [{"spec": {"method": name}, "device": "cpu"} for name in "abb"]
+    assert len(experiments.latest(old)) == 2
+
+
 def test_class_names():
     assert experiments.class_names("digits") == tuple("0123456789")
 

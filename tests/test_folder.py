@@ -117,6 +117,23 @@ def test_a_damaged_image_is_left_out_with_a_report(root):
         load()
 
 
+def test_a_picture_that_is_cut_off_is_left_out_too(root):
+    file = root / path(5)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="^1 of 120 images .* missing or damaged"):
+        load()
+
+
+def test_what_systems_leave_behind_does_not_count(root):
+    before = folder.fingerprint(), len(load()[0].labels)
+    for name in (".DS_Store", "cat/._a.jpg", ".trash/a.png", "cat/.thumbs/a.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"no picture")
+    with warnings.catch_warnings(action="error"):
+        assert (folder.fingerprint(), len(load()[0].labels)) == before
+    assert folder.class_names() == ("cat", "dog", "eel")
+
+
 def test_nothing_is_said_of_other_files(pristine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

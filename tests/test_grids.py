@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import json
 import multiprocessing
 import os
@@ -14,10 +15,11 @@ import threading
 import time
 import types
 
+import distributed
 import pytest
 import torch
 
-from nlhelpers import experiments, grids, losses, records
+from nlhelpers import experiments, grids, losses, records, sources
 from nlhelpers.data import DataError
 from nlhelpers.grids import GridError, grid, recorded, run_all
 from nlhelpers.specs import Spec
@@ -281,6 +283,23 @@ def test_a_killed_grid_goes_on_without_losing_or_repeating_a_record(path):
     assert found == wanted  # each exactly once, in the grid's order
 
 
+def test_code_that_changes_under_a_grid_is_not_what_its_records_name(
+    path, cpu, monkeypatch
+):
+    specs = grid(SMOKE, method=["cross-entropy", "two-stage"])
+    expected = [experiments.source(spec) for spec in specs]
+    sources.parsed.cache_clear()
+    records.source_hash.cache_clear()
+    run = experiments.run
+
+    def run_and_edit(*given, **options):
+        monkeypatch.setattr(inspect, "getsource", lambda thing: "def other(): pass")
+        return run(*given, **options)
+
+    monkeypatch.setattr(experiments, "run", run_and_edit)
+    assert [record["source"] for record in run_all(specs, path, cpu)] == expected
+
+
 # ---------------------------------------------------------------- workers
 
 
@@ -302,7 +321,9 @@ def test_workers_return_the_same_numbers(path, cpu, client, capsys):
     assert set(recorded(path)) == set(specs)
     by_hand = experiments.run(specs[1], cpu)
     assert found[1]["history"]["test_accuracy"] == by_hand["history"]["test_accuracy"]
-    assert {record["threads"] for record in found} == {max(1, os.cpu_count() // 2)}
+    assert {record["threads"] for record in found} == {
+        max(1, torch.get_num_threads() // 2)
+    }
     before = path.read_bytes()
     assert run_all(specs, path, cpu, client=client) == found  # nothing is left to do
     assert path.read_bytes() == before
@@ -424,6 +445,80 @@ def test_what_takes_workers_down_does_not_stop_the_others(
 def test_while_no_worker_is_there_one_run_waits(path, cpu, client, monkeypatch):
     monkeypatch.setattr(grids, "places", lambda client: 0)
     assert len(run_all(grid(SMOKE, seed=range(2)), path, cpu, client=client)) == 2
+
+
+def test_threads_of_one_worker_do_not_share_torchs_generator(path, cpu, monkeypatch):
+    specs = grid(SMOKE, seed=range(3))
+    cluster = distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=3,
+        processes=False,
+        protocol="tcp://",
+        dashboard_address="localhost:0",
+    )
+    with cluster, distributed.Client(cluster) as client:
+        assert grids.places(client) == 1
+        monkeypatch.setattr(grids, "places", lambda client: 3)
+        found = run_all(specs, path, cpu, client=client)
+    alone = [experiments.run(spec, cpu) for spec in specs]
+    losses = [[run["history"]["loss"] for run in runs] for runs in (found, alone)]
+    assert losses[0] == losses[1]
+
+
+def test_each_worker_says_what_device_it_has(path, client):
+    if torch.cuda.is_available():
+        pytest.skip("workers find a GPU here")
+    assert len(run_all([SMOKE], path, "auto", client=client)) == 1
+    other = Spec(profile="smoke", seed=1)
+    with pytest.raises(GridError, match=r"the worker at .* torch finds no GPU"):
+        run_all([other], path, "cuda", client=client)
+
+
+def without_memory(*given):
+    raise torch.OutOfMemoryError("no memory for 2 GiB")
+
+
+def test_a_run_without_memory_does_not_stop_the_others(path, cpu, client, monkeypatch):
+    large, *others = specs = grid(SMOKE, seed=range(3))
+    submit = client.submit
+
+    def submit_one_too_large(run, spec, *given, **options):
+        return submit(without_memory if spec == large else run, spec, *given, **options)
+
+    monkeypatch.setattr(client, "submit", submit_one_too_large)
+    with pytest.raises(GridError, match="2 GiB; fewer workers need less memory"):
+        run_all(specs, path, cpu, client=client)
+    assert set(recorded(path)) == set(others)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_data_are_there_before_workers_ask_for_them(
+    here, path, cpu, client, monkeypatch
+):
+    steps, submit = [], client.submit
+    monkeypatch.setattr(grids, "fetch", lambda todo: steps.append("fetch"))
+    monkeypatch.setattr(
+        client, "submit", lambda *a, **o: steps.append("submit") or submit(*a, **o)
+    )
+    if not here:  # a scheduler's workers read their own
+        monkeypatch.setattr(client, "cluster", None)
+    run_all([SMOKE], path, cpu, client=client)
+    assert steps == (["fetch", "submit"] if here else ["submit"])
+
+
+def test_each_data_set_is_fetched_once_and_what_no_one_gives_out_is_not(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(experiments, "load", fetched.append)
+    own = Spec(dataset="folder", noise="crawled", noise_rate=None)
+    grids.fetch([SMOKE, Spec(dataset="mnist"), own, Spec(profile="smoke", seed=1)])
+    assert sorted(fetched) == ["digits", "mnist"]
+
+
+def test_a_folder_that_is_another_one_ends_its_run_alone(monkeypatch):
+    monkeypatch.setattr(experiments, "is_current", lambda record: False)
+    record = {"spec": {"dataset": "folder"}}
+    found = grids.outcome_of(types.SimpleNamespace(result=lambda: record))
+    assert isinstance(found, GridError) and "are not those that it" in str(found)
 
 
 def test_a_scheduler_that_goes_is_one_error(client):

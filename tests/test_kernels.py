@@ -147,6 +147,13 @@ def test_a_sum_of_logits_that_do_not_lie_row_by_row(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_labels_that_do_not_lie_side_by_side():
+    logits = torch.randn(4, 3, device=DEVICE)
+    labels = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]], device=DEVICE)[:, 0]
+    found = kernels.cross_entropy(logits, labels)
+    torch.testing.assert_close(found, losses.cross_entropy(logits, labels))
+
+
 @pytest.mark.parametrize("name", ["savage", "backward"])
 def test_the_compiler_takes_a_kernel_as_it_is(name):
     torch.compiler.reset()

@@ -140,7 +140,7 @@ def test_several_runs_on_a_gpu_are_told_of_workers(run, monkeypatch, capsys):
         assert run("--seeds", "0", "1", *words) == 0
         told.append("several share a GPU much better" in capsys.readouterr().out)
     assert told == [True, False, False]
-    assert devices == [gpu] * 3
+    assert devices == ["auto"] * 3  # a scheduler's workers have their own
 
 
 def test_no_time_no_run(run, path, capsys):
@@ -181,6 +181,17 @@ def test_runs_of_different_tasks_are_not_averaged(run, path):
     assert len(table) == 3
     assert {"pi", "num_images"} < set(table.columns)
     assert "task" not in table
+
+
+def test_a_seed_that_is_named_twice_is_one_run():
+    words = ["run", "--seeds", "0", "1", "0", "--method", *["cross-entropy"] * 2]
+    assert [spec.seed for spec in cli.specs(cli.parser().parse_args(words))] == [0, 1]
+
+
+def test_runs_of_a_table_whose_labels_have_their_own_rate():
+    words = ["show", "han2019-table1", "--dataset", "cifar10", "--noise-rate"]
+    found = [cli.specs(cli.parser().parse_args([*words, p])) for p in ("none", "None")]
+    assert found[0] == found[1] != []
 
 
 def test_list_names_everything(capsys):

@@ -108,6 +108,16 @@ def test_the_summary_groups_seeds_and_shows_what_differs():
     assert [line["num_clean"] for line in lines] == [0, 5]
 
 
+def test_the_summary_shows_small_rates_as_they_are():
+    low = [record(0.9, noise_rate=p) for p in (0.125, 0.004)]
+    assert report.summary(low)["rate"].tolist() == [0.125, 0.004]
+
+
+def test_whole_numbers_and_fractions_are_one_setting():
+    pair = [record(0.9, settings={"alpha": x}, method="self-learning") for x in (1, 1.0)]
+    assert report.summary(pair)["settings"].tolist() == ["alpha=1.0"]
+
+
 def test_the_summary_of_runs_whose_truth_nobody_knows():
     done = [record(0.9, seed=s) | {"realised_rate": None} for s in (0, 1)]
     (row,) = report.summary(done).itertuples()

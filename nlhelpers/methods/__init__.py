@@ -1,8 +1,9 @@
 """One file per method, each a short generator function in its paper's symbols.
 
 A method is called as `method(data, setup, **settings)`. It yields an `Epoch` after
-every epoch, a `Screening` when it decides which labels to believe, and a `Correction`
-when it changes them; its settings are its keyword-only arguments.
+every epoch, an `Auxiliary` after one of a network that is not the result, a `Screening`
+when it decides which labels to believe, a `Correction` when it changes them, and a
+`Transition` when it estimates T; its settings are its keyword-only arguments.
 """
 
 import inspect

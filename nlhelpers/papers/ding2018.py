@@ -160,7 +160,7 @@ MEASURES = {
 
 NOTES = {
     "original training set": "what the noise leaves: no method has a say in it",
-    "after [37]'s correction (arg max)": "74.0 by the true T: chapter on corrected losses",
+    "after [37]'s correction (arg max)": "not by the true T: corrected losses",
     "after [37]'s correction (sampling)": "follows from T: chapter on corrected losses",
 }
 
