@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -229,6 +230,7 @@ def run(
     """
     started = time.perf_counter()
     made_from = source(spec, device.type)  # before training: a folder may change
+    check_processes(spec)
     seen, truth = data_for(spec, device)
     method = METHODS[spec.method]
     if spec.num_clean and not method.verdicts:
@@ -269,6 +271,16 @@ def run(
         **records.provenance(device, made_from),
         "history": {name: [row[name] for row in history] for name in history[0]},
     }
+
+
+def check_processes(spec: Spec) -> None:
+    """Raise ValueError if torchrun's processes cannot train a method together."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if METHODS[spec.method].remembers and int(count) > 1:
+        raise ValueError(
+            f"{spec.method} keeps what it saw of each image, which the {count} "
+            "processes of torchrun do not share; leave torchrun out"
+        )
 
 
 def attempt(

@@ -185,6 +185,15 @@ def test_records_of_forgotten_methods_are_all_kept():
     assert len(experiments.latest(old)) == 2
 
 
+@pytest.mark.parametrize("method", ["two-stage", "early-learning"])
+def test_processes_that_do_not_share_what_they_saw_do_not_train(
+    method, cpu, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{method} keeps .* the 2 processes"):
+        experiments.run(Spec(method, profile="smoke"), cpu)
+
+
 def test_class_names():
     assert experiments.class_names("digits") == tuple("0123456789")
 

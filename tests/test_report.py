@@ -114,7 +114,9 @@ def test_the_summary_shows_small_rates_as_they_are():
 
 
 def test_whole_numbers_and_fractions_are_one_setting():
-    pair = [record(0.9, settings={"alpha": x}, method="self-learning") for x in (1, 1.0)]
+    pair = [
+        record(0.9, settings={"alpha": x}, method="self-learning") for x in (1, 1.0)
+    ]
     assert report.summary(pair)["settings"].tolist() == ["alpha=1.0"]
 
 

@@ -50,6 +50,8 @@ class Method:
             than that its label is wrong.
         clean_trainings: how many `trainings` more it takes if it has a clean set.
         two_classes: whether it is for tasks of two classes only.
+        remembers: whether a training keeps something of each image. Processes of
+            torchrun would each keep it of their own share.
         more_trainings: settings that add `trainings`, and how many each by its value.
     """
 
@@ -61,6 +63,7 @@ class Method:
     verdicts: bool = False
     clean_trainings: float = 0
     two_classes: bool = False
+    remembers: bool = False
     more_trainings: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -86,7 +89,12 @@ METHODS = {
         improved_baseline.improved_baseline, "improved baseline", trainings=2
     ),
     "two-stage": Method(
-        two_stage.two_stage, "two-stage", 2, "optional", clean_trainings=1
+        two_stage.two_stage,
+        "two-stage",
+        2,
+        "optional",
+        clean_trainings=1,
+        remembers=True,
     ),
     "two-stage-pretrained": Method(
         two_stage_pretrained.two_stage_pretrained,
@@ -94,6 +102,7 @@ METHODS = {
         3,
         "optional",
         clean_trainings=1,
+        remembers=True,
         more_trainings={"finetune": self_learning.FINETUNE_EPOCHS},
     ),
     # Rows of its tables by others
@@ -120,7 +129,9 @@ METHODS = {
         robust_losses.symmetric_cross_entropy, "symmetric cross-entropy"
     ),
     "early-learning": Method(
-        early_learning.early_learning, "early-learning regularisation"
+        early_learning.early_learning,
+        "early-learning regularisation",
+        remembers=True,
     ),
     # Held-out networks
     "confident-learning": Method(
