@@ -27,6 +27,7 @@ COPIED = (
     "book/*.md",
     "book/references.bib",
     "book/quiet_pages.py",
+    "book/figure_texts.py",
 )
 TOOLS = ("jupyter-book", "sphinx", "sphinx-book-theme", "myst-nb")
 

@@ -8,9 +8,11 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from docutils import nodes, utils
 
 import build
 import execute
+import figure_texts
 import freshness
 import pages
 from browser import chromium, find_chromium
@@ -209,6 +211,27 @@ def test_notebook_form(path):
     assert not hidden, "MyST takes a line that begins with % for a comment"
     assert 3 <= prose.count("{exercise}") == prose.count("{solution}") <= 5
     assert "## Key takeaways" in prose
+
+
+def test_a_figure_is_described_by_its_caption_or_else_its_section():
+    captioned, alone, named = (nodes.image() for _ in range(3))
+    named["alt"] = "a cat"
+    caption = nodes.paragraph(
+        "", "", nodes.emphasis("", "Two\nlines"), nodes.Text(" ...")
+    )
+    body = nodes.container("", nodes.container("", captioned)), caption
+    below = nodes.section(
+        "", nodes.title("", "Cats"), nodes.container("", alone), named
+    )
+    below += nodes.paragraph("", "No caption.")
+    doctree = utils.new_document("page")
+    doctree += nodes.section("", nodes.title("", "Animals"), *body, below)
+    figure_texts.describe(None, doctree, "page")
+    assert [image["alt"] for image in (captioned, alone, named)] == [
+        "Two lines ...",
+        "Cats",
+        "a cat",
+    ]
 
 
 def test_where_there_is_no_triton_no_page_is_about_it(monkeypatch):
