@@ -4,10 +4,12 @@ Cells and tests run here, in this process, where torch is loaded already; that t
 comes out of a kernel of its own is tested in `test_coursework`.
 """
 
+import ast
 import copy
 import functools
 import re
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -19,6 +21,16 @@ import grade
 from confined import CHECK
 from nlhelpers import experiments
 from wrong_answers import WRONG
+
+TOP = Path(__file__).resolve().parent.parent
+STUDENTS = TOP / "book" / "students.md"
+PREDICTED = {  # before anything is run
+    "noise": {"says_truth", "says_one_class"},
+    "loss_correction": {"majority_clean", "majority_noisy", "truth_noisy"},
+    "two_stage": {"shown_text", "shown_figure"},
+    "self_learning": {"more_to_gain"},
+    "noise_model": {"em_helps_under"},
+}
 
 each_sheet = pytest.mark.parametrize("sheet", assign.sheets())
 
@@ -148,3 +160,29 @@ def test_the_students_copy_has_no_trace_of_a_solution(sheet, built):
     assert "SOLUTION" not in text and "hidden: true" not in text
     assert "hidden=True" not in text
     assert not any(cell.get("outputs") for cell in copied.cells)
+
+
+@each_sheet
+def test_a_prediction_has_a_test_of_its_own_and_may_be_corrected(sheet):
+    cells = nbformat.read(assign.HERE / f"{sheet}.ipynb", as_version=4).cells
+    taken = [  # what each hidden test looks at
+        {argument.arg for argument in node.args.args}
+        for cell in cells
+        if cell.cell_type == "code" and "hidden: true" in cell.source
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.FunctionDef)
+    ]
+    predicted = PREDICTED.get(sheet, set())
+    once = int(bool(predicted))
+    assert [names for names in taken if names & predicted] == once * [predicted]
+    asked = [cell.source for cell in cells if "*Before you run" in cell.source]
+    assert len(asked) == once
+    said = "Then correct the answer in its cell: what stands there in the end counts."
+    for text in (*asked, STUDENTS.read_text()):
+        assert said in " ".join(text.split())
+
+
+@each_sheet
+def test_no_cell_of_a_sheet_is_long(sheet):
+    for cell in nbformat.read(assign.HERE / f"{sheet}.ipynb", as_version=4).cells:
+        assert cell.cell_type != "code" or len(cell.source.splitlines()) <= 25, cell.id

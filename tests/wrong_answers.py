@@ -9,6 +9,13 @@ NOISE = [
     # rows and columns swapped: labelled i - 1
     ("q2", "dims=1", "dims=0"),
     ("q3", "T[true_labels]", "T.T[true_labels]"),
+    # right, but one label at a time
+    (
+        "q3",
+        "torch.multinomial(T[true_labels], 1, generator=generator).squeeze(1)",
+        "torch.tensor([int(T[k].multinomial(1, generator=generator))"
+        " for k in true_labels])",
+    ),
     # the columns sum to 1 still
     ("q4", "counts.sum(dim=1, keepdim=True)", "counts.sum(dim=0)"),
     # errors fall with the root of n
@@ -113,6 +120,8 @@ SELF_LEARNING = [
     ("q8", '["history"]["val_accuracy"]', '["history"]["test_accuracy"]'),
     # the sign
     ("q9", "shares[-1] - shares[0]", "shares[0] - shares[-1]"),
+    # a prediction that was not corrected
+    ("q9", 'more_to_gain = "pair-flip"', 'more_to_gain = "symmetric"'),
 ]
 
 NOISE_MODEL = [
@@ -132,6 +141,8 @@ NOISE_MODEL = [
     ("q7", "q_z[:, 0].argsort()", "q_z[:, 2].argsort(descending=True)"),
     # the most certainly right ones first
     ("q8", "first = z[:, 0].argsort()", "first = z[:, 0].argsort(descending=True)"),
+    # a prediction that was not corrected
+    ("q8", 'em_helps_under = "symmetric"', 'em_helps_under = "confusing"'),
     # the two priors swapped
     ("q9", "delta_P = 0.4 / 1.2", "delta_P = 0.2 / 0.8"),
 ]
