@@ -9,6 +9,7 @@ import copy
 import functools
 import re
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -186,3 +187,12 @@ def test_a_prediction_has_a_test_of_its_own_and_may_be_corrected(sheet):
 def test_no_cell_of_a_sheet_is_long(sheet):
     for cell in nbformat.read(assign.HERE / f"{sheet}.ipynb", as_version=4).cells:
         assert cell.cell_type != "code" or len(cell.source.splitlines()) <= 25, cell.id
+
+
+def test_students_are_told_of_this_project_and_its_otter():
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    name = project["urls"]["Repository"].removeprefix("https://github.com/")
+    assert f"(https://mybinder.org/v2/gh/{name}/main)" in STUDENTS.read_text()
+    needed = project["optional-dependencies"]["coursework"]
+    (otter,) = (need for need in needed if need.startswith("otter-grader"))
+    assert f'"{otter}"' in STUDENTS.read_text()
