@@ -212,3 +212,12 @@ def test_the_check_cell_stops_bad_values(notebook, name, value, message, check_c
         pytest.skip(f"{notebook.stem} has no parameter {name}")
     with pytest.raises(ValueError, match=message):
         check_cell(notebook, **{name: value})
+
+
+def test_a_method_that_needs_a_clean_set_may_be_named_alone(check_cell):
+    check_cell(TOP / "notebooks" / "other_methods.ipynb", methods=["clean-only"])
+    with pytest.raises(ValueError, match="num_clean"):
+        check_cell(
+            TOP / "notebooks" / "loss_correction.ipynb",
+            methods=["cross-entropy", "clean-only"],
+        )
