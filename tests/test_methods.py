@@ -279,10 +279,10 @@ def test_pi_looks_at_another_view_with_gradient(prepared):
     assert Pi.views == 2
 
 
-def run_stage2(seen, labelled, setup, alpha, monkeypatch=None, term=None):
+def run_stage2(seen, labelled, setup, alpha, term=None, balance=None):
     model = setup.build(seen)
     term = term or TemporalEnsemble(len(seen.labels), 10, 0.6, labelled.device)
-    balance = Balance(alpha, True, setup.recipe.epochs, labelled.device)
+    balance = balance or Balance(alpha, True, setup.recipe.epochs, labelled.device)
     return list(
         two_stage.stage2(
             model,
@@ -359,6 +359,48 @@ def test_eq_2_by_hand(prepared, make_setup, seeded, monkeypatch):
     half = len(expected) // 2
     assert epochs[0].loss == pytest.approx(sum(expected[:half]) / half, rel=1e-4)
     assert epochs[1].loss == pytest.approx(sum(expected[half:]) / half, rel=1e-4)
+
+
+def test_each_epoch_has_its_weight_and_the_targets_of_those_before(
+    prepared, make_setup, seeded, cpu
+):
+    seen, _ = prepared
+    labelled = torch.arange(len(seen.labels)) % 2 == 0
+    weight, drawn, weights, targets = Balance(2.0, False, 3, cpu), [], [], []
+
+    class Spy(TemporalEnsemble):
+        def other(self, model, index, *rest):
+            drawn.append(index)
+            weights.append(weight.now.item())
+            targets.append(self.targets.clone())
+            return super().other(model, index, *rest)
+
+    term = Spy(len(seen.labels), 10, 0.6, cpu)
+    run_stage2(seen, labelled, make_setup(epochs=3), None, term, weight)
+    steps = len(seen.labels) // 32
+    expected = [0.0, 2.0, 2 * math.exp(-12.5)]
+    assert weights == pytest.approx([x for x in expected for _ in range(steps)])
+    first, second, third = targets[::steps]
+    assert not first.any()
+    index = torch.cat(drawn[:steps]).unique()
+    torch.testing.assert_close(second[index].sum(dim=1), torch.ones(len(index)))
+    assert not torch.equal(second, third)
+
+
+def test_pi_compares_the_first_view_with_the_second(
+    prepared, make_setup, steps, seeded, cpu
+):
+    seen, _ = prepared
+    labelled = torch.arange(len(seen.labels)) % 2 == 0
+    term = Pi(len(seen.labels), 10, 0.6, cpu)
+    (*_, last) = run_stage2(seen, labelled, make_setup(), 0.7, term)
+    index, model = torch.arange(32), last.model.eval()
+    views = seen.images[:32], seen.images[:32].flip(3)
+    z, z2 = (model(view).softmax(dim=1) for view in views)
+    supervised = -z[torch.arange(16), seen.labels[:16]].log().mean()
+    expected = supervised + 0.7 * ((z - z2) ** 2).sum(dim=1).mean()
+    found = steps[0](model, index, *views)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_without_balance_cost_unlabelled_images_change_nothing(
@@ -636,10 +678,24 @@ def test_whatever_a_method_makes_is_on_the_device_of_its_data(run, cpu, monkeypa
     assert all(map(math.isfinite, record["history"]["loss"]))
 
 
+# Ding et al. validate by the mean over the classes, and later on refined labels.
+OF_DING = ("improved-baseline", "two-stage", "two-stage-pretrained")
+
+
 @pytest.mark.parametrize("run", RUNS)
-def test_every_method_learns_digits(run, cpu):
-    events = []
-    record = experiments.run(spec_of(run, noise_rate=0.2), cpu, progress=events.append)
+def test_every_method_learns_digits_and_validates_on_its_validation_set(run, cpu):
+    spec, events = spec_of(run, noise_rate=0.2), []
+    seen, _ = experiments.data_for(spec, cpu)
+    of_ding = spec.method in OF_DING
+    judge = training.balanced_accuracy if of_ding else training.accuracy
+
+    def progress(event):
+        events.append(event)
+        if isinstance(event, Epoch) and not (of_ding and event.stage == "stage 2"):
+            expected = judge(event.model, seen.val_images, seen.val_labels)
+            assert event.val_accuracy == pytest.approx(expected)
+
+    record = experiments.run(spec, cpu, progress=progress)
     if run != "nl-gan":  # which learns nothing in so short a time
         assert record["last_accuracy"] > 0.75
     epochs = [event for event in events if isinstance(event, Epoch | Auxiliary)]
@@ -700,6 +756,51 @@ def test_stage_1_refines_the_validation_set_of_stage_2(
     assert torch.equal(first, seen.val_labels)
     assert torch.equal(second, seen.val_labels[kept])
     assert torch.equal(images, seen.val_images[kept])
+
+
+@pytest.mark.parametrize("name", ["improved-baseline", "two-stage"])
+def test_stage_1_draws_all_classes_equally_often(
+    name, prepared, make_setup, monkeypatch
+):
+    drawn, cross_entropy = [], losses.cross_entropy
+
+    def noted(logits, labels):
+        drawn.append(labels)
+        return cross_entropy(logits, labels)
+
+    monkeypatch.setattr(losses, "cross_entropy", noted)
+    next(METHODS[name].run(prepared[0], make_setup()))
+    counts = torch.cat(drawn).bincount()
+    assert counts.min() > 50 and counts.max() - counts.min() <= 1
+
+
+@pytest.fixture
+def given_to_stage_2(monkeypatch):
+    """Stage 2's place is taken by nothing; what it would be given."""
+    given = []
+    monkeypatch.setattr(two_stage, "stage2", lambda *args: given.extend(args) or ())
+    return given
+
+
+def test_clean_images_are_labelled_with_the_truth(cpu, make_setup, given_to_stage_2):
+    spec = Spec("two-stage", noise_rate=0.4, profile="smoke", num_clean=100)
+    seen, _ = experiments.prepare(spec, cpu)
+    list(METHODS["two-stage"].run(seen, make_setup(epochs=1)))
+    _, images, labels, labelled, *_ = given_to_stage_2
+    assert torch.equal(images, torch.cat([seen.images, seen.clean_images]))
+    assert torch.equal(labels, torch.cat([seen.labels, seen.clean_labels]))
+    assert labelled[-100:].all() and not labelled.all()
+
+
+def test_settings_of_the_two_stages_reach_them(prepared, make_setup, given_to_stage_2):
+    seen, _ = prepared
+    share = {"threshold": 0.0, "at_least": 0.1, "at_most": 0.1}
+    settings = {"alpha": 3.0, "fixed_alpha": True, "decay": 0.3}
+    list(METHODS["two-stage"].run(seen, make_setup(), **share, **settings))
+    _, _, labels, labelled, _, _, weight, term = given_to_stage_2
+    tenth = labels.bincount() / 10
+    assert labels[labelled].bincount().tolist() == tenth.round().tolist()
+    assert (weight.largest, weight.fixed, term.decay) == (3.0, True, 0.3)
 
 
 def test_the_improved_baseline_starts_again_from_scratch(prepared, make_setup, seeded):
@@ -798,6 +899,31 @@ def test_bad_setting_is_one_error_before_any_training(method, name, value, cpu):
         spec = Spec(method, profile="smoke", settings={name: value})
         experiments.run(spec, cpu, progress=epochs.append)
     assert epochs == []
+
+
+def test_who_validates_on_checked_labels():
+    assert {name for name, method in METHODS.items() if method.clean_validation} == {
+        *("clean-only", "clean-only-pretrained"),
+        *("noisy-as-truth", "noisy-as-truth-pretrained", "noisy-as-truth-after-clean"),
+        *("bottom-up", "noise-model", "pseudo-label"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "published"),
+    {
+        "self-learning": {
+            **{"num_samples": 1280, "num_prototypes": 8, "alpha": 0.5},
+            **{"top": 0.4, "eta": 0.95},
+        },
+        "nl-gan": {"alpha": 5.0, "beta": 0.5},
+        "two-stage": {"noise_std": 0.15, "dropout": 0.2},
+        "divide-mix": {"T": 0.5, "alpha": 4.0},
+        "mlnt": {"M": 10, "rho": 0.5},
+    }.items(),
+)
+def test_defaults_by_hand(method, published):
+    assert published.items() <= METHODS[method].settings.items()
 
 
 def test_settings_are_the_keyword_arguments():
