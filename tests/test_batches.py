@@ -26,6 +26,13 @@ def test_balanced_draws_classes_and_their_members_equally_often(generator):
         assert drawn.max() - drawn.min() <= 1
 
 
+def test_a_class_larger_than_its_share_loses_other_images_each_time(generator):
+    labels = torch.tensor([0] * 20 + [1] * 4)
+    draws = [batches.repeated_by_class(labels, 24, generator) for _ in range(30)]
+    assert all(counts(labels[index], 2).tolist() == [12, 12] for index in draws)
+    assert (counts(torch.cat(draws), 24) > 0).all()
+
+
 def test_balanced_with_a_remainder(generator):
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     extra = torch.zeros(3)

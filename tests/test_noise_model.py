@@ -307,6 +307,41 @@ def test_noisy_as_truth_takes_true_labels_where_it_has_them(method, captured, se
     assert ("clean" in stages) == (method == "noisy-as-truth-after-clean")
 
 
+@pytest.mark.parametrize(
+    "method", ["noisy-as-truth-after-clean", "bottom-up", "pseudo-label", "noise-model"]
+)
+def test_the_network_of_the_clean_set_goes_on(method, cpu, make_setup):
+    seen, _ = experiments.prepare(Spec(method, num_clean=100, profile="smoke"), cpu)
+    first, *_, last = METHODS[method].run(seen, make_setup(epochs=1))
+    assert (first.stage, first.number) == ("clean", 1) and last.stage != "clean"
+    assert getattr(last.model, "classes", last.model) is first.model
+
+
+def test_a_step_of_em_climbs_the_likelihood(captured, seeded):
+    """Of what was given to noisy images; of clean ones class and noise type count."""
+    seen, stages = captured("noise-model")
+    networks, images, step = stages["em"]
+    given, true = seen.clean_given_labels, seen.clean_labels
+    C = noise.estimate_confusion(given, true, 10)
+    of_label, index, expected = label_model(C, 10), six_of(seen), 0.0
+    p_y = networks.classes(images[index]).softmax(dim=1)
+    p_z = networks.types(images[index]).softmax(dim=1)
+    for n, i in enumerate(index.tolist()):
+        if i < 100:
+            z = 2 if C[given[i], true[i]] > 1 / 9 else 1  # of a wrong label
+            p = p_y[n, true[i]] * p_z[n, z]
+        else:
+            joint = of_label[:, seen.labels[i - 100]] * p_z[n][:, None] * p_y[n]
+            p = joint.sum()
+        expected = expected - p.log() / 6
+    weights = list(networks.parameters())
+    found = torch.autograd.grad(step(networks, index, images[index]), weights)
+    for slope, by_hand in zip(
+        found, torch.autograd.grad(expected, weights), strict=True
+    ):
+        torch.testing.assert_close(slope, by_hand)
+
+
 NEED_CLEAN = [name for name, method in METHODS.items() if method.clean_set == "needed"]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nlhelpers import data, experiments, models, pretraining
+from nlhelpers.methods import METHODS
 from nlhelpers.specs import Spec
 from nlhelpers.training import Auxiliary, Setup
 
@@ -50,6 +51,29 @@ def test_turns_are_right(cpu, make_setup, prepared, monkeypatch):
     assert turns.bincount().tolist() == [15] * 4
     for image, turn, original in zip(images, turns, seen.val_images, strict=True):
         assert torch.equal(image.rot90(-int(turn), (1, 2)), original)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, method in METHODS.items()
+        if "start_pretrained" in method.settings or name.endswith("pretrained")
+    ],
+)
+def test_every_method_starts_where_the_pretraining_ended(name, cpu, make_setup, seeded):
+    """With a learning rate of zero all layers but the last stay those of the start."""
+    method = METHODS[name]
+    clean = 200 if method.clean_set == "needed" else 0
+    seen, _ = experiments.prepare(Spec(name, profile="smoke", num_clean=clean), cpu)
+    asked = {"start_pretrained"} & method.settings.keys()
+    setup = make_setup(epochs=1, optimiser="sgd", learning_rate=0.0)
+    events = method.run(seen, setup, **dict.fromkeys(asked, True))
+    turned, trained = (getattr(e, "epoch", e) for e in (next(events), next(events)))
+    assert turned.stage == "rotation" != trained.stage
+    *start, last, _ = turned.model.body.state_dict().values()
+    *now, own, _ = trained.model.body.state_dict().values()
+    assert all(map(torch.equal, start, now)) and last.shape != own.shape
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet50"])

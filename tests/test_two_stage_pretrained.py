@@ -64,6 +64,15 @@ def test_networks_start_where_the_pretraining_ended(prepared, make_setup, seeded
         assert stage == "rotation" or not same.get(last, False)
 
 
+def test_networks_that_start_pretrained_are_perturbed_as_asked(prepared, make_setup):
+    seen, _ = prepared
+    setup = make_setup()
+    begun = Begun(setup.model, setup.recipe, setup.generator, setup.build(seen))
+    network = begun.build(seen, noise_std=0.3, dropout=0.4)
+    rates = {m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)}
+    assert (network.noise.std, rates) == (0.3, {0.4})
+
+
 def test_pi_model_with_a_steady_alpha(prepared, make_setup, seeded, monkeypatch):
     seen, _ = prepared
     given = {}
