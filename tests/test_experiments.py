@@ -8,7 +8,7 @@ import torch
 from nlhelpers import experiments, noise, profiles, training
 from nlhelpers.data import HUMAN_LABELS, UNKNOWN
 from nlhelpers.methods import METHODS
-from nlhelpers.specs import Spec
+from nlhelpers.specs import DRAWN, Spec
 from tasks import task
 
 WITHOUT_CLEAN = [
@@ -66,6 +66,17 @@ def test_labels_of_every_noise(cpu):
     assert (drawn(Spec(noise_rate=1.0)) != dataset.labels).all()
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_drawn_noise_has_the_rate_of_the_spec(name, rate, generator):
+    dataset = experiments.load("digits")
+    spec = Spec(noise=name, noise_rate=rate)
+    wrong = experiments.NOISES[name](spec, dataset, generator) != dataset.labels
+    touched = torch.isin(dataset.labels, dataset.labels[wrong].unique())
+    found = wrong[touched].double().mean().item()
+    assert abs(found - rate) < 4 * noise.standard_error(rate, int(touched.sum()))
+
+
 def test_human_labels_are_used(monkeypatch):
     dataset = experiments.load("digits")
     asked = []
@@ -90,6 +101,19 @@ def test_seeds_change_noise_and_split(cpu):
     assert torch.equal(first[0].labels, again[0].labels)
     assert torch.equal(first[1].index, again[1].index)
     assert not torch.equal(first[1].index, other[1].index)
+    labels = torch.full((2, len(experiments.load("digits").labels)), UNKNOWN)
+    for row, (seen, truth) in zip(labels, (first, other), strict=True):
+        row[truth.index] = seen.labels
+    a, b = labels[:, (labels != UNKNOWN).all(dim=0)]  # of images that both train on
+    assert 0.2 < (a != b).double().mean() < 0.5  # 1 - 0.8^2 - 0.2^2 / 9
+
+
+def test_the_seed_changes_training_on_the_same_data(cpu, monkeypatch):
+    data = experiments.data_for(SMOKE, cpu)
+    monkeypatch.setattr(experiments, "data_for", lambda *given: data)
+    specs = [dataclasses.replace(SMOKE, seed=seed) for seed in (0, 1)]
+    first, other = (experiments.run(spec, cpu)["history"] for spec in specs)
+    assert first["loss"] != other["loss"]
 
 
 def test_the_same_seed_draws_the_same_noise_for_every_method(cpu):

@@ -351,12 +351,9 @@ def test_noise_types_follow_theorem_2(L):
         C = noise.estimate_confusion(noisy, true, L)
         z = noise.noise_types(noisy, true, C)
         assert torch.equal(z == noise.NOISE_FREE, noisy == true)
-        confused = (z == noise.CONFUSING).nonzero().flatten().tolist()
-        for n in confused:
-            assert C[noisy[n], true[n]] > 1 / (L - 1)
-        for pair in set(zip(noisy.tolist(), true.tolist(), strict=True)):  # theorem 1
-            same = (noisy == pair[0]) & (true == pair[1])
-            assert len(z[same].unique()) == 1
+        for n in (noisy != true).nonzero().flatten().tolist():
+            confused = C[noisy[n], true[n]] > 1 / (L - 1)
+            assert z[n] == (noise.CONFUSING if confused else noise.RANDOM)
 
 
 def test_confusion_by_hand():
@@ -456,7 +453,9 @@ def test_confusing_noise_has_its_rate_and_hits_ambiguous_images(rate, generator)
         found = wrong[half].double().mean().item()
         assert abs(found - expected) <= 4 * noise.standard_error(expected, 3000)
     assert (noisy == to_other.argmin(dim=1))[wrong & ~clear].all()
-    assert not (noisy == to_other.argmin(dim=1))[wrong & clear].all()
+    ahead = (noisy - labels)[wrong & clear] % 3
+    found = (ahead == 1).double().mean().item()  # the other one is 2
+    assert abs(found - 0.5) <= 4 * noise.standard_error(0.5, len(ahead))
 
 
 # ---------------------------------------------------------------- T by anchor points

@@ -140,16 +140,17 @@ def test_prototypes_are_apart_and_then_the_least_close():
 
 
 def test_what_is_close_to_a_denser_image_comes_last():
-    angles = torch.tensor([0.0, 0.01, 0.02, 0.03, 0.04, 1.2, 1.25, 2.6])
+    angles = torch.tensor([0.0, 0.012, 0.02, 0.027, 0.04, 1.2, 1.25, 2.6])
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     rule = Rule(S_c=0.99965)  # neighbours are less than 0.0265 apart
     S = found.cosine(features)
     rho = found.density(S, 0.99965)
     assert rho.argmax() == 2  # the middle of the first five
     chosen = found.by_density(features, 8, rule).tolist()
-    # Images 0, 1, 3, 4 (close to 2) come after all that are far from a denser one.
+    # Images 4, 0, 1, 3 come after all that are far from a denser one: theirs is at
+    # 0.013, 0.012, 0.008 and 0.007.
     assert chosen[0] == 2
-    assert set(chosen[-4:]) == {0, 1, 3, 4}
+    assert chosen[-4:] == [4, 0, 1, 3]
 
 
 def test_density_peaks_as_in_plain_loops(features):
@@ -165,7 +166,7 @@ def test_density_peaks_as_in_plain_loops(features):
         delta.append(min(denser) if denser else max(d[i]))
     product = [r * x for r, x in zip(rho, delta, strict=True)]
     expected = sorted(range(m), key=lambda i: -product[i])[:5]
-    assert found.by_euclidean_density(features, 5, Rule()).tolist() == expected
+    assert selector("euclidean")(features, 5, Rule()).tolist() == expected
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -207,6 +208,8 @@ def test_samples_are_of_their_class_and_no_more_than_there_are(generator):
         33,
         33,
     ]
+    draws = [torch.cat(found.sampled(labels, 3, 20, 5, generator)) for _ in range(30)]
+    assert len(torch.cat(draws).unique()) == 100  # each image in its turn
 
 
 @pytest.mark.parametrize(("K", "p", "c", "has"), [(4, 1, 3, 0), (3, 34, 1, 33)])

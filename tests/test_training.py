@@ -21,10 +21,12 @@ def cross_entropy_step(labels):
     return step
 
 
-def train(setup, seen, validate=lambda model: 0.0, step=None, views=1):
+def train(
+    setup, seen, validate=lambda model: 0.0, step=None, views=1, fit=training.fit
+):
     """Run `fit` on a fresh network; returns the epochs."""
     model = setup.build(seen)
-    return training.fit(
+    return fit(
         model,
         seen.images,
         lambda: batches.uniform(len(seen.labels), 32, setup.generator),
@@ -54,7 +56,7 @@ def test_what_a_generator_of_events_returns():
     assert seen == [1, 2]
 
 
-def test_rate_halves_after_patience_epochs_without_improvement(prepared, make_setup):
+def test_rate_falls_after_patience_epochs_without_improvement(prepared, make_setup):
     seen, _ = prepared
     setup = make_setup(epochs=10, patience=3, learning_rate=0.08)
     # The best is epoch 2; 3, 4 and 5 are no better (equal is not better), so 6 is
@@ -62,8 +64,8 @@ def test_rate_halves_after_patience_epochs_without_improvement(prepared, make_se
     script = [0.5, 0.6, 0.6, 0.1, 0.59, 0.3, 0.7, 0.7, 0.7, 0.7]
     found = rates(seen, setup, script)
     assert found == [0.08] * 5 + [0.04] * 5
-    found = rates(seen, make_setup(epochs=4, patience=1, learning_rate=0.08), [0.5] * 4)
-    assert found == [0.08, 0.08, 0.04, 0.02]
+    setup = make_setup(epochs=4, patience=1, learning_rate=0.08, factor=0.25)
+    assert rates(seen, setup, [0.5] * 4) == [0.08, 0.08, 0.02, 0.005]
 
 
 def test_rate_stays_while_validation_improves(prepared, make_setup):
@@ -221,6 +223,21 @@ def test_views_of_a_batch_are_augmented_anew(prepared, make_setup):
     assert not any(torch.equal(first, second) for first, second in pairs)
 
 
+@pytest.mark.parametrize("fit", [training.fit, training.fit_by_graphs])
+def test_images_are_loaded_as_the_recipe_says(fit, prepared, make_setup, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def loader(*given):
+        raise Asked(*given)
+
+    monkeypatch.setattr(batches, "loader", loader)
+    setup = make_setup(crop=3, flip=True)
+    with pytest.raises(Asked) as asked:
+        next(train(setup, prepared[0], views=2, fit=fit))
+    assert asked.value.args == (prepared[0].images, 3, True, setup.generator, 2)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_divergence_names_epoch_and_step(value, prepared, make_setup):
     taken = iter(range(1000))
@@ -294,11 +311,12 @@ def test_accuracies_by_hand():
 def test_seeded_gives_the_same_and_leaves_the_global_state(cpu):
     def drawn(seed):
         with training.seeded(seed, cpu) as generator:
-            return torch.cat([torch.rand(3), torch.rand(3, generator=generator)])
+            return torch.rand(3).tolist(), torch.rand(3, generator=generator).tolist()
 
     state = torch.random.get_rng_state()
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
+    assert drawn(1) == drawn(1)
+    plain = torch.rand(3, generator=torch.Generator().manual_seed(1)).tolist()
+    assert len(set(map(tuple, [plain, *drawn(1), *drawn(2)]))) == 5
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(KeyError), training.seeded(1, cpu):
         raise KeyError
