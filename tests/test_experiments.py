@@ -30,6 +30,9 @@ def test_the_paper_profile_is_the_papers():
     assert (cifar.momentum, cifar.learning_rate) == (0.9, 0.1)
     assert cifar.flip
     assert cifar.crop > 0
+    assert (mnist.learning_rate, cifar.weight_decay) == (0.01, 1e-4)
+    deep = profiles.recipe("mnist", "deep-mnist", "paper")
+    assert (deep.epochs, deep.optimiser, deep.learning_rate) == (25, "adam", 1e-4)
     for recipe in (mnist, cifar):
         assert (recipe.patience, recipe.min_learning_rate) == (10, 1e-7)
         assert recipe.val_share == 0.1
@@ -231,3 +234,22 @@ def test_screening_is_judged_where_the_truth_is_known(cpu):
     assert found == {"correct": 0.5, "incorrect": 0.0, "unlabelled": 0.5}
     truth.labels[:2] = UNKNOWN
     assert experiments.screened(event, seen, truth) is None
+
+
+@pytest.mark.parametrize(
+    ("made", "counts"),
+    [
+        (("before", "before"), 1),
+        (("before", "today"), 1),
+        (("today", "before"), 0),
+        (("today", "today"), 1),
+    ],
+)
+def test_the_last_record_of_todays_code_counts_or_else_the_last(
+    made, counts, monkeypatch
+):
+    monkeypatch.setattr(experiments, "is_current", lambda r: r["source"] == "today")
+    same = {"spec": SMOKE.as_dict(), "device": "a CPU"}
+    found = [same | {"source": code, "place": i} for i, code in enumerate(made)]
+    (chosen,) = experiments.newest(found)
+    assert chosen["place"] == counts

@@ -5,6 +5,7 @@ import dataclasses
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 
 from nlhelpers import report
 from nlhelpers.papers import Cell, Table
@@ -30,7 +31,7 @@ def record(accuracy, **changes):
         "source": "other",
         "realised_rate": 0.24,
         "last_accuracy": accuracy,
-        "best_accuracy": accuracy,
+        "best_accuracy": accuracy - 0.25,
         "seconds": 10.0,
         "device": "a CPU",
     }
@@ -102,7 +103,8 @@ def test_no_records_give_the_same_columns():
 def test_the_summary_groups_seeds_and_shows_what_differs():
     done = [record(0.90, seed=0), record(0.94, seed=1)]
     (line,) = report.summary(done).to_dict("records")
-    assert (line["last"], line["seeds"], line["rate"]) == (92, 2, 0.6)
+    assert (line["last"], line["best"]) == (92, 67)
+    assert (line["seeds"], line["rate"]) == (2, 0.6)
     assert "num_clean" not in line and "model" not in line
     lines = report.summary([*done, record(0.5, num_clean=5)]).to_dict("records")
     assert [line["num_clean"] for line in lines] == [0, 5]
@@ -142,6 +144,17 @@ def test_every_method_has_a_colour_of_its_own():
     plt.close(figure)
 
 
+def test_a_matrix_has_true_labels_in_its_rows():
+    figure, axes = plt.subplots()
+    matrix = [[0.75, 0.25], [0.0, 1.0]]
+    report.show_matrix(axes, torch.tensor(matrix), "ab", "T")
+    assert axes.images[0].get_array().tolist() == matrix
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true label", "noisy label")
+    printed = {text.get_position(): text.get_text() for text in axes.texts}
+    assert printed == {(0, 0): ".75", (1, 0): ".25", (1, 1): "1"}  # column, row
+    plt.close(figure)
+
+
 def test_gains_are_taken_seed_by_seed():
     table = Table(
         "paper",
@@ -170,15 +183,18 @@ def test_gains_are_taken_seed_by_seed():
     assert report.gains(table, [], "ours").empty
 
 
-def test_a_cell_may_measure_the_labels():
-    cells = [
-        Cell(name, "a", None, spec=SPEC, measure=name)
-        for name in ("labels_given", "labels_first", "labels_last", "forgotten")
-    ]
+def test_a_cell_may_measure_the_labels_or_the_best_epoch():
+    expected = {
+        **{"labels_given": 76, "labels_first": 50, "labels_last": 80},
+        **{"kept_right": 20, "kept_wrong": 10, "forgotten": 70},
+        **{"last_accuracy": 50, "best_accuracy": 25},
+    }
+    cells = [Cell(name, "a", None, spec=SPEC, measure=name) for name in expected]
     table = Table("paper", "Table 2", "Labels", tuple(cells))
     shares = {"correct": 0.2, "incorrect": 0.1, "unlabelled": 0.7}
     done = record(0.5) | {"label_accuracy": [0.5, 0.6, 0.8], "screening": shares}
-    assert report.measured(table, [done])["measured"].tolist() == [76, 50, 80, 70]
+    found = report.measured(table, [done])["measured"].tolist()
+    assert found == pytest.approx(list(expected.values()))
     (missing,) = (
         report.measured(table, [record(0.5)]).query("row == 'forgotten'").values
     )
