@@ -1,5 +1,7 @@
 """Confident learning: counts and ranks by plain loops, then with networks."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -193,6 +195,27 @@ def test_it_finds_what_is_wrong_and_how(digits, cpu):
     assert wrong[~kept].double().mean() > 0.85  # of the found, wrong
     T = noise.estimate_transition(seen.labels, truth.labels, 10)
     assert (of_kind(events, Transition).T - T).abs().sum(dim=1).mean() / 2 < 0.1
+
+
+@pytest.mark.parametrize("rule", cl.RULES)
+def test_labels_are_pruned_by_the_rule_that_is_asked_for(
+    rule, digits, make_setup, monkeypatch
+):
+    p_hat, y_noisy, _ = simulated(6)
+
+    def held_out(data, setup, folds):
+        yield from ()
+        return p_hat
+
+    monkeypatch.setattr(cl, "held_out", held_out)
+    seen = dataclasses.replace(
+        digits[0], images=digits[0].images[:240], labels=y_noisy, num_classes=6
+    )
+    events = list(cl.confident_learning(seen, make_setup(epochs=1), prune_by=rule))
+    Q = joint_by_loops(p_hat.tolist(), y_noisy.tolist())
+    expected = doubted_by_loops(p_hat.tolist(), y_noisy.tolist(), Q)[rule]
+    pruned = (~of_kind(events, Screening).kept).nonzero().squeeze(1)
+    assert set(pruned.tolist()) == expected
 
 
 def test_all_networks_may_start_pretrained(digits, make_setup, seeded):

@@ -442,6 +442,19 @@ def test_warm_up_and_weight_of_each_epoch(
     assert weights[of_epoch - 1 :: of_epoch] == pytest.approx(expected)
 
 
+def test_chance_is_drawn_anew_after_every_epoch_with_the_given_alpha(
+    prepared, make_setup, judged, monkeypatch
+):
+    seen, _ = prepared
+    judged(torch.rand(2, len(seen.labels)))
+    given = []
+    monkeypatch.setattr(Draws, "renew", lambda self, alpha, _: given.append(alpha))
+    events = divide_mix.divide_mix(seen, make_setup(epochs=3), alpha=2.5)
+    for done, _ in enumerate(events):
+        assert given == [2.5] * done
+    assert done == 3  # the screening
+
+
 def test_one_epoch_is_warm_up(prepared, make_setup, judged):
     seen, _ = prepared
     judged(torch.rand(2, len(seen.labels)))

@@ -238,6 +238,18 @@ def test_generators_move_towards_their_target(task, seeded):
     assert answers[16:].mean().item() == pytest.approx(0.7, abs=0.05)
 
 
+def test_settings_reach_the_game(task, make_setup, monkeypatch):
+    games, settings = [], {"alpha": 3.0, "beta": 0.25, "distance": "mse"}
+    monkeypatch.setattr(nl_gan, "play", lambda game, *rest: games.append(game) or ())
+    run(task, make_setup(epochs=1, learning_rate=0.01), **KNOWN, **settings)
+    (game,) = games
+    assert (game.alpha, game.beta) == (3.0, 0.25)
+    assert game.H is distance_of("mse")
+    for adam in (game.adam_D, game.adam_G):  # twice the rate, with DCGAN's betas
+        (options,) = adam.param_groups
+        assert (options["lr"], options["betas"]) == (0.02, (0.5, 0.999))
+
+
 def test_half_of_every_batch_is_labelled_positive(generator):
     labels = (torch.arange(100) % 4 > 0).long()  # 25 and 75
     batches = list(nl_gan.halves(labels, 20, generator))
@@ -325,17 +337,16 @@ def test_what_is_found_goes_before_what_is_known(generator):
 def test_D_plays_alone_before_it_is_asked(
     settings, task, make_setup, seeded, monkeypatch
 ):
-    asked = []
+    asked, says = [], torch.tensor([0.75, 0.25])  # of P_hat and N_hat
     monkeypatch.setattr(
         nl_gan, "estimated_deltas", lambda answers: asked.append(answers) or (0.2, 0.8)
     )
+    monkeypatch.setattr(training, "predict", lambda D, x: says.expand(len(x), 2))
     events = run(task, make_setup(), **settings, warm_up=1.5, game_epochs=0.5)
     stages = [e.epoch.stage for e in events if isinstance(e, Auxiliary)]
     assert stages == ["warm-up"] * 3 + ["game"]
     (answers,) = asked
-    assert answers.shape == (nl_gan.ASKED,)
-    assert answers.min() >= 0
-    assert answers.max() <= 1
+    assert answers.tolist() == [0.25] * nl_gan.ASKED
 
 
 @pytest.mark.parametrize("bf16", [False, True])

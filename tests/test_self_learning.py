@@ -73,17 +73,23 @@ def test_prototypes_come_from_the_clean_set_if_there_is_one(
 ):
     with_clean = spec(num_clean=200)
     seen, _ = experiments.prepare(with_clean, cpu)
-    asked = []
-    deep_features = prototypes.deep_features
+    asked, labels = [], []
+    deep_features, sampled = prototypes.deep_features, prototypes.sampled
 
     def noted(network, images, *rest):
         asked.append(len(images))
         return deep_features(network, images, *rest)
 
+    def noted_labels(given, *rest):
+        labels.append(given.tolist())
+        return sampled(given, *rest)
+
     monkeypatch.setattr(prototypes, "deep_features", noted)
+    monkeypatch.setattr(prototypes, "sampled", noted_labels)
     run(seen, make_setup())
     counts = seen.clean_labels.bincount(minlength=10).clamp(max=60)
     assert asked == [int(counts.sum()), len(seen.images)] * 2
+    assert labels == [seen.clean_labels.tolist()] * 2
 
 
 def test_it_ends_with_the_clean_set_if_told(make_setup, cpu):
