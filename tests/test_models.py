@@ -89,6 +89,17 @@ def test_caffe_quick_against_a_plain_one(seeded):
     assert spreads == pytest.approx([1e-4, 0.01, 0.01, 0.1, 0.1], rel=0.1)
 
 
+def test_deep_mnist_against_a_plain_one(seeded):
+    images = some_images(1, 13)
+    network = models.build("deep-mnist", images, 5).eval()
+    w = [p.detach() for p in network.body.parameters()]
+    x = (images.float() - images.float().mean(0)) / 255
+    for k in (0, 2):
+        x = F.max_pool2d(F.relu(F.conv2d(x, w[k], w[k + 1], padding=2)), 2)
+    x = F.linear(F.relu(F.linear(x.flatten(1), w[4], w[5])), w[6], w[7])
+    torch.testing.assert_close(network(images), x, rtol=1e-4, atol=1e-4)
+
+
 def test_alexnet_is_the_published_one():
     images = some_images(size=96, count=2)
     network = models.build("alexnet", images, 1000)
@@ -115,7 +126,13 @@ def test_resnet50_builds():
     network = models.build("resnet50", images, 10).eval()
     # Torchvision's 25,557,032 with 10 instead of 1000 outputs.
     assert count(network) == 25_557_032 - 990 * (2048 + 1)
+    pixels = []
+    network.body[1].register_forward_pre_hook(lambda layer, x: pixels.extend(x))
     assert network(images).shape == (2, 10)
+    # Of ImageNet's channels, in units of the full range.
+    deviation = (0.229 + 0.224 + 0.225) / 3
+    expected = (images.float() - images.float().mean(0)) / 255 / deviation
+    torch.testing.assert_close(pixels[0], expected)
     with pytest.raises(ValueError, match="3 channels, but the images have 1"):
         models.build("resnet50", some_images(1), 10)
 
@@ -198,6 +215,13 @@ def test_gaussian_noise_has_the_asked_spread_while_training_only(seeded):
     assert torch.equal(models.GaussianNoise(0.0)(x), x)
 
 
+def test_noise_is_in_units_of_the_full_range_of_a_pixel(seeded):
+    network = models.Network(torch.nn.Flatten(), torch.zeros(1, 100, 100), 0.15)
+    x = network(torch.full((10, 1, 100, 100), 51, dtype=torch.uint8))
+    assert x.mean().item() == pytest.approx(0.2, abs=4 * 0.15 / 1e5**0.5)
+    assert x.std().item() == pytest.approx(0.15, rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["mlp", "resnet14"])
 @pytest.mark.parametrize(
     "perturbation", [{"noise_std": 0.3, "dropout": 0.0}, {"dropout": 0.5}]
@@ -205,9 +229,11 @@ def test_gaussian_noise_has_the_asked_spread_while_training_only(seeded):
 def test_perturbed_while_training_only(name, perturbation, seeded):
     images = some_images(1, 8)
     network = models.build(name, images, 4, **perturbation)
+    plain = models.build(name, images, 4, dropout=0.0)
     assert not torch.equal(network(images), network(images))
-    network.eval()
-    assert torch.equal(network(images), network(images))
+    assert torch.equal(plain(images), plain(images))
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(network.eval()(images), plain.eval()(images))
 
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 1 / 3, 1e-3, 0.999])
@@ -250,16 +276,22 @@ def test_dropout_leaves_evaluation_alone():
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_default_dropout_is_the_networks_own():
-    def rates(network):
-        kinds = (m.p for m in network.modules() if isinstance(m, torch.nn.Dropout))
-        return set(kinds)
-
-    images = some_images()
-    assert rates(models.build("mlp", images, 4)) == {0.2}
-    assert rates(models.build("resnet14", images, 4)) == {0.0}
-    assert rates(models.build("mlp", images, 4, dropout=0.0)) == {0.0}
-    assert rates(models.build("resnet14", images, 4, dropout=0.3)) == {0.3}
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("mlp", {0.2}),
+        ("resnet14", {0.0}),
+        ("deep-mnist", {0.5}),
+        ("alexnet", {0.5}),
+        ("resnet50", {0.0}),
+    ],
+)
+def test_default_dropout_is_the_networks_own(name, own):
+    for dropout, expected in ((None, own), (0.0, {0.0}), (0.3, {0.3})):
+        with torch.device("meta"):  # shapes without numbers
+            body = models.MODELS[name](torch.Size((3, 64, 64)), 4, dropout)
+        kinds = (m.p for m in body.modules() if isinstance(m, torch.nn.Dropout))
+        assert set(kinds) == expected
 
 
 def test_dropout_acts_between_the_convolutions_of_a_unit(seeded):
