@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from nlhelpers import experiments, folder, mps, records, training
+from nlhelpers import experiments, folder, records, shared_gpu, training
 from nlhelpers.methods import METHODS
 from nlhelpers.records import Record
 from nlhelpers.specs import CRAWLED_SETS, Spec
@@ -291,7 +291,7 @@ def workers(
     several = training.pick_device(device).type == "cuda" and count > 1
     with (
         unchanged_environment(),
-        mps.service() if several else contextlib.nullcontext({}) as found,
+        shared_gpu.service() if several else contextlib.nullcontext({}) as found,
         dask.config.set(UNDISTURBED | environment(count, found)),
         distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, dashboard_address="localhost:0"

@@ -33,10 +33,10 @@ from nlhelpers import (
     graphs,
     grids,
     losses,
-    mps,
     noise,
     prototypes,
     records,
+    shared_gpu,
     training,
 )
 from nlhelpers.methods import METHODS, nl_gan
@@ -236,7 +236,7 @@ def bench_table3(dataset: str, seeds: int, device: torch.device, at_once: int) -
     total, spawn = 0.0, get_context("spawn")
     start = (spawn.Barrier(at_once),)
     with (
-        mps.service() if device.type == "cuda" else nullcontext({}) as found,
+        shared_gpu.service() if device.type == "cuda" else nullcontext({}) as found,
         patch.dict(os.environ, found),
         ProcessPoolExecutor(at_once, spawn, one_of_many, start) as pool,
     ):

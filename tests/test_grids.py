@@ -631,7 +631,7 @@ def test_workers_find_the_service_of_a_gpu_while_they_live(monkeypatch):
         yield {"CUDA_MPS_PIPE_DIRECTORY": "/somewhere"}
         events.append("ended")
 
-    monkeypatch.setattr(grids.mps, "service", service)
+    monkeypatch.setattr(grids.shared_gpu, "service", service)
     with grids.workers(2, None, torch.device("cuda")) as client:
         found = client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")
         assert list(found.values()) == ["/somewhere"] * 2
@@ -641,7 +641,7 @@ def test_workers_find_the_service_of_a_gpu_while_they_live(monkeypatch):
 
 
 def test_a_single_worker_of_a_gpu_needs_no_service(monkeypatch):
-    monkeypatch.delattr(grids.mps, "service")
+    monkeypatch.delattr(grids.shared_gpu, "service")
     with grids.workers(1, None, torch.device("cuda")) as client:
         found = client.run(os.environ.get, "CUDA_MPS_PIPE_DIRECTORY")
         assert list(found.values()) == [None]
