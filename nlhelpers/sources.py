@@ -1,8 +1,7 @@
-"""What code depends on: a notebook on modules, a number on functions and classes.
+"""What a number was made by: functions and classes, and what they name.
 
-The build of the book asks for the modules, without running any, so that it reruns what
-a change concerns. A record's source hash asks for the functions and classes, so that it
-covers the code behind a number and nothing else. Nothing heavy is imported here.
+A record's source hash asks for these, so that it covers the code behind a number and
+nothing else.
 """
 
 import ast
@@ -15,106 +14,9 @@ import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 PACKAGE = "nlhelpers"
-
-# A module that imports by computed names may import all of its own package.
-DYNAMIC = {"import_module", "__import__", "iter_modules", "walk_packages"}
-
-
-# Modules: what a notebook imports
-
-
-def closure(wanted: Iterable[str], top: Path) -> dict[str, Path]:
-    """The modules that importing `wanted` loads, with their files.
-
-    Names outside the package, and names that are not modules, fall away.
-
-    Args:
-        wanted: Dotted names.
-        top: The folder that holds the package.
-    """
-    found: dict[str, Path] = {}
-    todo = list(wanted)
-    while todo:
-        name = todo.pop()
-        if name in found or name.split(".")[0] != PACKAGE:
-            continue
-        if "." in name:
-            todo.append(name.rpartition(".")[0])
-        path = module_file(name, top)
-        if path is not None:
-            found[name] = path
-            todo += module_imports(name, path, top, path.stat().st_mtime_ns)
-    return found
-
-
-def module_file(name: str, top: Path) -> Path | None:
-    """The file of a dotted module name; None if there is no such module."""
-    base = top.joinpath(*name.split("."))
-    candidates = (base / "__init__.py", base.with_name(f"{base.name}.py"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def modules_below(name: str, top: Path) -> Iterator[str]:
-    """Names of a package and of all modules inside it."""
-    folder = top.joinpath(*name.split("."))
-    for path in folder.rglob("*.py"):
-        parts = path.relative_to(top).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def module_imports(name: str, path: Path, top: Path, mtime: int) -> list[str]:
-    """What a module may import; `mtime` only marks the version that was read."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    names = list(imported(tree, package))
-    if DYNAMIC & {name_of(node) for node in ast.walk(tree)}:
-        names += modules_below(package, top)
-    return names
-
-
-def name_of(node: ast.AST) -> str | None:
-    """The identifier that a node uses, if any."""
-    match node:
-        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
-            return name
-    return None
-
-
-def imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Dotted names that the import statements of a tree may load, at any depth.
-
-    Args:
-        tree: Parsed source.
-        package: The package that relative imports start from.
-
-    Yields:
-        For ``import a.b``: ``a.b``. For ``from a import b``: ``a`` and ``a.b``, because
-        ``b`` may be a module.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = absolute(node, package)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def absolute(node: ast.ImportFrom, package: str) -> str:
-    """The dotted name that a ``from … import`` starts from."""
-    if not node.level:
-        return node.module or ""
-    parts = package.split(".")
-    parts = parts[: len(parts) - node.level + 1]
-    return ".".join([*parts, node.module] if node.module else parts)
-
-
-# Definitions: what a number was made by
 
 
 def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, str]:

@@ -16,6 +16,7 @@ import figure_texts
 import freshness
 import pages
 from browser import chromium, find_chromium
+from nlhelpers import records
 from nlhelpers.papers import TABLES
 
 TOP = Path(__file__).resolve().parent.parent
@@ -26,27 +27,14 @@ NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
 
 TREE = {
     "nlhelpers/__init__.py": "",
-    "nlhelpers/noise.py": "import math",
-    "nlhelpers/losses.py": "from nlhelpers.noise import symmetric",
-    "nlhelpers/data.py": "def load():\n    from . import noise",
-    "nlhelpers/unused.py": "",
-    "nlhelpers/methods/__init__.py": "from .plain import train",
-    "nlhelpers/methods/plain.py": "from ..losses import cross_entropy",
-    "nlhelpers/plugins/__init__.py": "import importlib\nimportlib.import_module('x')",
-    "nlhelpers/plugins/one.py": "from nlhelpers import data",
-    "nlhelpers/papers/__init__.py": "",
-    "nlhelpers/papers/table.csv": "a,b",
-    "nlhelpers/report.py": "import nlhelpers.papers",
+    "nlhelpers/methods/plain.py": "",
     "book/records/runs.jsonl": "{}",
+    "book/records/repeated/runs.jsonl": "{}",
 }
 CELLS = {
     "alone": ["import torch"],
-    "noise": ["x = 1", "import nlhelpers.noise"],
-    "data": ["%matplotlib inline\nfrom nlhelpers import data as d"],
-    "methods": ["def f():\n    from nlhelpers.methods import plain"],
-    "plugins": ["import nlhelpers.plugins as p"],
-    "report": ["from nlhelpers.report import table"],
-    "program": ["!python -m nlhelpers run"],
+    "saved": ["from nlhelpers import records as r", "r.read(r.SAVED)"],
+    "results": ["from nlhelpers.records import *", "read(SAVED), read(REPEATED)"],
 }
 
 
@@ -76,19 +64,17 @@ def keys(top):
     }
 
 
+def differing(before, after):
+    return {name for name in CELLS if before[name] != after[name]}
+
+
 @pytest.mark.parametrize(
     ("changed", "rerun"),
     {
-        "nlhelpers/__init__.py": "noise data methods plugins report program",
-        "nlhelpers/noise.py": "noise data methods plugins program",
-        "nlhelpers/losses.py": "methods program",
-        "nlhelpers/data.py": "data plugins program",
-        "nlhelpers/methods/__init__.py": "methods program",
-        "nlhelpers/methods/plain.py": "methods program",
-        "nlhelpers/plugins/one.py": "plugins program",
-        "nlhelpers/papers/table.csv": "report program",
-        "nlhelpers/unused.py": "program",
-        "book/records/runs.jsonl": "report program",
+        "nlhelpers/__init__.py": "alone saved results",
+        "nlhelpers/methods/plain.py": "alone saved results",
+        "book/records/runs.jsonl": "saved results",
+        "book/records/repeated/runs.jsonl": "results",
         "notebooks/alone.ipynb": "alone",
     }.items(),
 )
@@ -98,33 +84,38 @@ def test_a_change_reruns_exactly_what_depends_on_it(tree, changed, rerun):
         write_notebook(tree / changed, ["import torch  # again"])
     else:
         (tree / changed).write_text(TREE[changed] + "\n# changed")
-    after = keys(tree)
-    assert {name for name in CELLS if before[name] != after[name]} == set(rerun.split())
+    assert differing(before, keys(tree)) == set(rerun.split())
 
 
 def test_new_and_deleted_records_count(tree):
     before = keys(tree)
     (tree / "book/records/more.jsonl").write_text("{}")
-    added = keys(tree)
-    assert added["report"] != before["report"]
+    assert differing(before, keys(tree)) == {"saved", "results"}
     (tree / "book/records/more.jsonl").unlink()
     assert keys(tree) == before
 
 
-def test_the_cell_that_installs_the_package_depends_on_none_of_it(tree):
-    path = tree / "notebooks/alone.ipynb"
-    content = json.loads(path.read_text())
-    source = (
-        "try:\n    import nlhelpers\nexcept ImportError:\n    %pip install nlhelpers"
-    )
-    cell = content["cells"][0] | {"source": source, "metadata": {"tags": ["install"]}}
-    content["cells"].insert(0, cell)
-    assert freshness.notebook_modules(content, tree) == {}
+def test_a_notebook_that_reads_saved_runs_says_so():
+    """No function of the package reads them for it, and no cell names their folder."""
+    for name, files in freshness.RECORDS.items():
+        assert TOP / files == getattr(records, name) / "*.jsonl"
+    for path in (TOP / "nlhelpers").rglob("*.py"):
+        named = {name for name in freshness.RECORDS if name in path.read_text()}
+        assert not named or path.name == "records.py", path
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        assert not any("book/" in c.source for c in cells if c.cell_type == "code")
+
+
+def test_the_package_is_python_only():
+    """What else lies in it would not be part of a key, nor be installed."""
+    files = (TOP / "nlhelpers").rglob("[!.]*.*")
+    assert {path.suffix for path in files} <= {".py", ".pyc"}
 
 
 def test_outputs_do_not_count(tree):
     before = keys(tree)
-    path = tree / "notebooks/noise.ipynb"
+    path = tree / "notebooks/saved.ipynb"
     content = json.loads(path.read_text())
     content["cells"][0]["outputs"] = [{"output_type": "stream", "text": "1"}]
     content["cells"][0]["execution_count"] = 3
