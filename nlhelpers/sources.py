@@ -115,21 +115,17 @@ def code(source: str) -> str:
     lines = source.split("\n")
     in_string: set[int] = set()  # numbers of lines that begin inside a string
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (first, column), (last, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    nodes = list(ast.walk(ast.parse(source)))
-    docstrings = [node for node in nodes if is_docstring(node)]
-    texts = {id(node.value) for node in docstrings}
-    for node in docstrings:
+            lines[first - 1] = lines[first - 1][:column].rstrip()
+        in_string |= set(range(first + 1, last + 1))  # only strings span lines
+    for node in filter(is_docstring, ast.walk(ast.parse(source))):
         first, last = node.lineno - 1, node.end_lineno - 1
         # Columns of a syntax tree count bytes.
         start = lines[first].encode()[: node.col_offset].decode()
         end = lines[last].encode()[node.end_col_offset :].decode()
         lines[first : last + 1] = [start + end, *[""] * (last - first)]
-    for node in nodes:
-        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in texts:
-            in_string |= set(range(node.lineno + 1, node.end_lineno + 1))
+        in_string -= set(range(node.lineno + 1, node.end_lineno + 1))
     kept = (
         line if number in in_string else line.rstrip()
         for number, line in enumerate(lines, start=1)

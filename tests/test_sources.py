@@ -44,6 +44,20 @@ def test_comments_and_docstrings_do_not_count(old, new):
 
 
 @pytest.mark.parametrize(
+    ("commented", "bare"),
+    [
+        ('x = ("a"\n    # why\n    "b")', 'x = ("a"\n    "b")'),
+        ('x = ("a"  # why\n    f"b"  # why\n)', 'x = ("a"\n    f"b"\n)'),
+        ('x = ("a"\n\n    "b")', 'x = ("a"\n    "b")'),
+        ('x = """a\nb"""  # why', 'x = """a\nb"""'),
+        ('x = f"""a\n{b}\nc"""  # why', 'x = f"""a\n{b}\nc"""'),
+    ],
+)
+def test_what_stands_between_or_behind_strings_does_not_count(commented, bare):
+    assert sources.code(commented) == sources.code(bare) == bare
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("radius**2", "radius**3"),
@@ -63,6 +77,8 @@ def test_code_counts(old, new):
         ('x = "a  # b"', 'x = "a  # c"'),
         ('x = """\n# one\n"""', 'x = """\n# two\n"""'),
         ('x = """\na\n\nb"""', 'x = """\na\nb"""'),
+        ('x = """\na \nb"""', 'x = """\na\nb"""'),
+        ('x = f"""\na\n\n{b}"""', 'x = f"""\na\n{b}"""'),
         ('def f(): "text"; return 1', 'def f(): "text"; return 2'),
     ],
 )
