@@ -113,19 +113,19 @@ def as_json(value: object) -> str | None:
 def code(source: str) -> str:
     """A source without comments, docstrings and the empty lines outside of strings."""
     lines = source.split("\n")
-    in_string: set[int] = set()  # numbers of lines that begin inside a string
+    in_string: set[int] = set()  # numbers of lines that end inside a string
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (first, column), (last, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            lines[first - 1] = lines[first - 1][:column].rstrip()
-        in_string |= set(range(first + 1, last + 1))  # only strings span lines
+            lines[first - 1] = lines[first - 1][:column]
+        in_string |= set(range(first, last))  # only strings span lines
     for node in filter(is_docstring, ast.walk(ast.parse(source))):
         first, last = node.lineno - 1, node.end_lineno - 1
         # Columns of a syntax tree count bytes.
         start = lines[first].encode()[: node.col_offset].decode()
         end = lines[last].encode()[node.end_col_offset :].decode()
         lines[first : last + 1] = [start + end, *[""] * (last - first)]
-        in_string -= set(range(node.lineno + 1, node.end_lineno + 1))
+        in_string -= set(range(node.lineno, node.end_lineno))
     kept = (
         line if number in in_string else line.rstrip()
         for number, line in enumerate(lines, start=1)

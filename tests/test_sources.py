@@ -77,6 +77,8 @@ def test_code_counts(old, new):
         ('x = "a  # b"', 'x = "a  # c"'),
         ('x = """\n# one\n"""', 'x = """\n# two\n"""'),
         ('x = """\na\n\nb"""', 'x = """\na\nb"""'),
+        ('x = """a \nb"""', 'x = """a\nb"""'),
+        ('x = f"""{\na} \nb"""', 'x = f"""{\na}\nb"""'),
         ('x = """\na \nb"""', 'x = """\na\nb"""'),
         ('x = f"""\na\n\n{b}"""', 'x = f"""\na\n{b}"""'),
         ('def f(): "text"; return 1', 'def f(): "text"; return 2'),
