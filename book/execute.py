@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import psutil
 
 from freshness import notebook_key, versions
 
@@ -83,14 +86,17 @@ def run_stale(top: Path, executed: Path) -> tuple[list[Chapter], int]:
 
 
 def remove_leftovers(chapters: list[Chapter], executed: Path) -> None:
-    """Remove files of notebooks that no longer exist, and of runs that were killed."""
+    """Remove what notebooks that no longer exist, killed runs or editors have left."""
     kept = {
         path
         for chapter in chapters
         for path in (chapter.target, chapter.sidecar, chapter.records)
     } | {executed / name for name in TABLES}
     for path in set(executed.iterdir()) - kept:
-        path.unlink()
+        if path.is_dir() and not path.is_symlink():  # such as .ipynb_checkpoints
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def run(chapter: Chapter, key: str, top: Path) -> bool:
@@ -170,11 +176,10 @@ def commit(top: Path) -> str:
 
 def machine() -> dict:
     """The processor, its cores as this process may use them, and the memory in GB."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": processor(),
         "cores": cores(),
-        "memory_gb": round(memory / 2**30),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -1,6 +1,7 @@
 """The book: what runs again after a change, its sources, and its built pages."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def test_notebooks_run_once_and_failures_leave_nothing(tmp_path, capsys):
     executed = tmp_path / "executed"
     executed.mkdir()
     (executed / "deleted.ipynb").write_text("{}")
+    (executed / ".ipynb_checkpoints").mkdir()
+    (executed / ".ipynb_checkpoints" / "good-checkpoint.ipynb").write_text("{}")
 
     _, failed = execute.run_stale(tmp_path, executed)
     assert failed == 1
@@ -151,6 +154,11 @@ def test_notebooks_run_once_and_failures_leave_nothing(tmp_path, capsys):
     assert failed == 0
     assert "good.ipynb is up to date" in capsys.readouterr().out
     assert "good" in pages.status(chapters)
+
+
+def test_the_machine_is_described_where_there_is_no_sysconf(monkeypatch):
+    monkeypatch.delattr(os, "sysconf", raising=False)  # as on Windows
+    assert execute.machine()["memory_gb"] >= 1
 
 
 def test_write_tree_touches_only_what_differs(tmp_path):
