@@ -47,7 +47,10 @@ class Chapter:
         """The content of the sidecar; empty if there is no complete executed copy."""
         if not (self.target.is_file() and self.sidecar.is_file()):
             return {}
-        return json.loads(self.sidecar.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except ValueError:  # cut off, as on a full disk
+            return {}
 
     def forget(self) -> None:
         """Remove the executed copy."""

@@ -32,9 +32,13 @@ def notebook_key(notebook: Path, top: Path) -> str:
         top: The repository, which holds the package and the records.
 
     Returns:
-        A hash that changes when the notebook's result can.
+        A hash that changes when the notebook's result can; "" for a file that is no
+        notebook, as after a merge with conflicts. Running it will say so.
     """
-    content = json.loads(notebook.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+    except ValueError:
+        return ""
     digest = hashlib.sha256()
     digest.update(json.dumps(essence(content), sort_keys=True).encode())
     digest.update(json.dumps(versions(), sort_keys=True).encode())

@@ -149,11 +149,23 @@ def test_notebooks_run_once_and_failures_leave_nothing(tmp_path, capsys):
     assert "42" in (executed / "good.ipynb").read_text()
     assert "bad.ipynb failed in cell 2: NameError" in capsys.readouterr().err
 
+    (tmp_path / "notebooks/bad.ipynb").write_text("<<<<<<< HEAD")
+    _, failed = execute.run_stale(tmp_path, executed)
+    assert failed == 1
+    assert "bad.ipynb failed (NotJSONError)" in capsys.readouterr().err
+
     (tmp_path / "notebooks/bad.ipynb").unlink()
     chapters, failed = execute.run_stale(tmp_path, executed)
     assert failed == 0
     assert "good.ipynb is up to date" in capsys.readouterr().out
     assert "good" in pages.status(chapters)
+
+
+def test_a_sidecar_that_is_cut_off_counts_as_none(tmp_path):
+    chapter = execute.Chapter(tmp_path / "source.ipynb", tmp_path / "a.ipynb")
+    chapter.target.write_text("{}")
+    chapter.sidecar.write_text('{"key": "ab')
+    assert chapter.run_info() == {}
 
 
 def test_the_machine_is_described_where_there_is_no_sysconf(monkeypatch):
