@@ -345,6 +345,23 @@ def test_bad_calls(small, tmp_path, monkeypatch, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_an_autograder_older_than_its_sheet_grades_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(grade, "HERE", tmp_path)
+    monkeypatch.setattr(grade, "BUILT", tmp_path / "built")
+    master = write_notebook(tmp_path / "small.ipynb", MASTER)
+    archive = tmp_path / "built" / assign.AUTOGRADERS / "small.zip"
+    archive.parent.mkdir(parents=True)
+    archive.touch()
+    os.utime(master, (0, archive.stat().st_mtime - 1))
+    assert grade.archive_of("small") == archive
+    os.utime(master, (0, archive.stat().st_mtime + 1))
+    words = ["small", str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    assert grade.main(words) == 1
+    assert "older than its notebook; `make coursework`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--minutes", "--memory"])
 @pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "many"])
 def test_limits_are_above_zero(option, value, capsys):
@@ -356,6 +373,15 @@ def test_limits_are_above_zero(option, value, capsys):
 def test_a_notebook_and_another_file_of_the_same_name(tmp_path):
     found = [grade.student(tmp_path / name, tmp_path) for name in ("a.ipynb", "a.txt")]
     assert found == ["a", "a.txt"]
+
+
+def test_without_a_run_only_the_students_copy_is_made(tmp_path, monkeypatch):
+    write_notebook(tmp_path / "small.ipynb", MASTER)
+    monkeypatch.setattr(assign, "HERE", tmp_path)
+    monkeypatch.setattr(assign, "BUILT", tmp_path / "built")
+    assert assign.attempt("small", run=False) == ""
+    made = [path for path in (tmp_path / "built").rglob("*") if path.is_file()]
+    assert made == [tmp_path / "built" / assign.STUDENTS / "small.ipynb"]
 
 
 def test_unknown_sheets_are_not_built(capsys):

@@ -3,6 +3,7 @@
 From each master, a notebook in this folder, otter makes three files in
 ``_build/coursework``: the students' copy, the solution, and the autograder that
 `grade` and Gradescope take. It runs the solution first, which must get all points.
+With ``--no-run`` it makes the students' copy only, which is all that the book needs.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +31,9 @@ def main(words: list[str] | None = None) -> int:
     known = sheets()
     parser = argparse.ArgumentParser(description="Build the sheets.")
     parser.add_argument("sheet", nargs="*", help=f"{', '.join(known)}; all by default")
-    parser.add_argument("--no-run", action="store_true", help="trust the solutions")
+    parser.add_argument(
+        "--no-run", action="store_true", help="students' copies only, nothing is run"
+    )
     given = parser.parse_args(words)
     chosen = given.sheet or known
     if unknown := sorted(set(chosen) - set(known)):
@@ -59,21 +63,24 @@ def silence() -> None:
 
 
 def attempt(sheet: str, run: bool) -> str:
-    """Build a sheet; returns what went wrong, or ""."""
+    """Build a sheet, or the students' copy only; returns what went wrong, or ""."""
     try:
-        build(HERE / f"{sheet}.ipynb", BUILT, run)
+        build(HERE / f"{sheet}.ipynb", BUILT, run, FOLDERS if run else (STUDENTS,))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def build(master: Path, built: Path, run: bool = True) -> None:
+def build(
+    master: Path, built: Path, run: bool = True, folders: Iterable[str] = FOLDERS
+) -> None:
     """Make the three files of a sheet.
 
     Args:
         master: the notebook that holds all.
         built: the folder that gets them, each in one of FOLDERS.
         run: whether to run the solution first.
+        folders: which of FOLDERS get theirs.
 
     Raises:
         RuntimeError: if the solution does not get all points.
@@ -84,11 +91,15 @@ def build(master: Path, built: Path, run: bool = True) -> None:
         otter_assign(str(master), folder, no_pdfs=True, no_run_tests=not run)
         own = Path(folder)
         (archive,) = own.glob("autograder/*.zip")
-        for name in FOLDERS:
+        files = {
+            STUDENTS: own / "student" / master.name,
+            SOLUTIONS: own / "autograder" / master.name,
+            AUTOGRADERS: archive,
+        }
+        for name in folders:
             (built / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(own / "student" / master.name, built / STUDENTS)
-        shutil.copy(own / "autograder" / master.name, built / SOLUTIONS)
-        shutil.copy(archive, built / AUTOGRADERS / f"{master.stem}.zip")
+            made = files[name]
+            shutil.copy(made, built / name / f"{master.stem}{made.suffix}")
 
 
 if __name__ == "__main__":

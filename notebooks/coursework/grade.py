@@ -122,12 +122,18 @@ def check_out(path: Path) -> None:
 
 
 def archive_of(sheet: str) -> Path:
-    """The autograder of a sheet; raises GradingError if it is not built."""
+    """The autograder of a sheet; raises GradingError if it is not built, or is old."""
     path = BUILT / AUTOGRADERS / f"{sheet}.zip"
     if not path.is_file():
         raise GradingError(
             f"there is no built sheet {sheet!r}; the sheets are {', '.join(sheets())}, "
             "and `make coursework` builds them"
+        )
+    master = HERE / f"{sheet}.ipynb"
+    if master.is_file() and path.stat().st_mtime < master.stat().st_mtime:
+        raise GradingError(
+            f"the built sheet {sheet!r} is older than its notebook; `make coursework` "
+            "builds it again"
         )
     return path
 
