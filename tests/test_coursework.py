@@ -370,6 +370,13 @@ def test_limits_are_above_zero(option, value, capsys):
     assert f"{value!r} is no number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["-1", "0", "1.5", "many"])
+def test_at_least_one_is_graded_at_once(value, capsys):
+    with pytest.raises(SystemExit):
+        grade.main(["small", ".", "--at-once", value])
+    assert f"{value!r} is no whole number above 0" in capsys.readouterr().err
+
+
 def test_a_notebook_and_another_file_of_the_same_name(tmp_path):
     found = [grade.student(tmp_path / name, tmp_path) for name in ("a.ipynb", "a.txt")]
     assert found == ["a", "a.txt"]

@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="the CSV; SHEET.csv if not given")
     found.add_argument("--minutes", type=above_zero, default=5, help="for each (5)")
     found.add_argument("--memory", type=above_zero, default=4, help="GiB for each (4)")
-    found.add_argument("--at-once", type=int, default=os.cpu_count(), help="how many")
+    found.add_argument("--at-once", type=whole, default=os.cpu_count(), help="how many")
     found.add_argument(
         "--trust",
         action="store_true",
@@ -110,6 +110,13 @@ def above_zero(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
+def whole(text: str) -> int:
+    """A whole number above 0."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
 
 
 def check_out(path: Path) -> None:
