@@ -1,7 +1,8 @@
 """Build the book: ``python book/build.py``.
 
 1. Run every notebook whose result may have changed (`execute`, `freshness`).
-2. Gather prose, executed notebooks and written pages in ``_build/source``.
+2. Gather prose, executed notebooks, the students' sheets and written pages in
+   ``_build/source``.
 3. Let Jupyter Book make HTML of it, with every warning an error.
 
 When nothing changed since the last good build, only the checks run.
@@ -42,6 +43,8 @@ def main() -> int:
     if failed:
         print(f"{failed} of {len(chapters)} notebooks failed: no book", file=sys.stderr)
         return 1
+    if not make_sheets():
+        return 1
     content = gather(chapters)
     write_tree(BUILD / "source", content)
     if not make_html(content):
@@ -62,7 +65,7 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
     for path in (BUILD / "notebooks" / name for name in TABLES):
         if path.is_file():
             content[f"notebooks/{path.name}"] = path.read_bytes()
-    for path in students_sheets():
+    for path in students_sheets().values():
         content[f"book/sheets/{path.name}"] = path.read_bytes()
     content["book/status.md"] = pages.status(chapters).encode()
     for name, page in pages.api(TOP).items():
@@ -70,22 +73,30 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
     return content
 
 
-def students_sheets() -> list[Path]:
-    """The students' copies of the sheets, made again where the master is newer."""
-    folder = TOP / "notebooks" / "coursework"
-    copies = {
-        master: BUILD / "coursework" / "students" / master.name
-        for master in sorted(folder.glob("*.ipynb"))
-    }
+def students_sheets() -> dict[Path, Path]:
+    """The students' copy of each sheet, by the master that it is made from."""
+    masters = sorted((TOP / "notebooks" / "coursework").glob("*.ipynb"))
+    folder = BUILD / "coursework" / "students"
+    return {master: folder / master.name for master in masters}
+
+
+def make_sheets() -> bool:
+    """Make the students' copies again where the master is newer.
+
+    Returns:
+        Whether all could be made.
+    """
     stale = [
         master.stem
-        for master, copy in copies.items()
+        for master, copy in students_sheets().items()
         if not copy.is_file() or copy.stat().st_mtime < master.stat().st_mtime
     ]
-    if stale:
-        command = [sys.executable, str(folder / "assign.py"), "--no-run", *stale]
-        subprocess.run(command, check=True)
-    return list(copies.values())
+    program = TOP / "notebooks" / "coursework" / "assign.py"
+    command = [sys.executable, str(program), "--no-run", *stale]
+    if stale and subprocess.run(command).returncode:
+        print("Not all sheets could be made, see above: no book", file=sys.stderr)
+        return False
+    return True
 
 
 def page_of(chapter: Chapter) -> bytes:

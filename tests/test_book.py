@@ -173,6 +173,17 @@ def test_the_machine_is_described_where_there_is_no_sysconf(monkeypatch):
     assert execute.machine()["memory_gb"] >= 1
 
 
+def test_a_sheet_that_cannot_be_made_ends_the_build(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "TOP", tmp_path)
+    monkeypatch.setattr(build, "BUILD", tmp_path / "_build")
+    monkeypatch.setattr(build, "run_stale", lambda top, executed: ([], 0))
+    (tmp_path / "notebooks/coursework").mkdir(parents=True)
+    (tmp_path / "notebooks/coursework/noise.ipynb").write_text("{}")
+    (tmp_path / "notebooks/coursework/assign.py").write_text("raise SystemExit(1)")
+    assert build.main() == 1
+    assert "Not all sheets could be made, see above" in capsys.readouterr().err
+
+
 def test_write_tree_touches_only_what_differs(tmp_path):
     build.write_tree(tmp_path, {"a": b"1", "b/c": b"2", "d": b"3"})
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in ("a", "b/c")}
