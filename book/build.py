@@ -132,8 +132,8 @@ def make_html(content: dict[str, bytes]) -> bool:
         Whether the HTML is good.
     """
     built, html = BUILD / "built.json", BUILD / "html"
-    state = fingerprint(content)
-    if html.is_dir() and built.is_file() and json.loads(built.read_text()) == state:
+    state = json.dumps(fingerprint(content), sort_keys=True)
+    if html.is_dir() and built.is_file() and built.read_text() == state:
         print("pages are up to date")
         return True
     built.unlink(missing_ok=True)
@@ -146,7 +146,7 @@ def make_html(content: dict[str, bytes]) -> bool:
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         print("The pages have errors or warnings, see above", file=sys.stderr)
         return False
-    built.write_text(json.dumps(state))
+    built.write_text(state)
     return True
 
 

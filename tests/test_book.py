@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -191,6 +192,24 @@ def test_write_tree_touches_only_what_differs(tmp_path):
     assert (tmp_path / "a").stat().st_mtime_ns == times["a"]
     assert (tmp_path / "b/c").read_bytes() == b"changed"
     assert not (tmp_path / "d").exists()
+
+
+def test_pages_are_made_again_only_when_something_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BUILD", tmp_path)
+    calls = []
+
+    def made(command, **options):
+        calls.append(command)
+        (tmp_path / "html").mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(build.subprocess, "run", made)
+    for content in ({"a": b"1"}, {"a": b"1"}, {"a": b"2"}, {"a": b"2"}):
+        assert build.make_html(content)
+    assert len(calls) == 2
+    (tmp_path / "built.json").write_text('{"a": "cut o')
+    assert build.make_html({"a": b"2"})
+    assert len(calls) == 3
 
 
 # ---------------------------------------------------------------- the sources
