@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -331,33 +332,36 @@ def test_texts_are_plain():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nois", "."], "there is no built sheet 'nois'"),
+        (["nois", "empty"], "there is no built sheet 'nois'"),
+        (["cut_off", "empty"], "there is no built sheet 'cut_off'"),
         (["small", "nowhere"], "nowhere is not a folder"),
         (["small", "empty"], "empty is empty"),
-        (["small", ".", "--out", "no/x.csv"], "no/x.csv cannot be written"),
+        (["small", "empty", "--out", "no/x.csv"], "no/x.csv cannot be written"),
+        (["small", "."], "small.csv would lie among the submissions in ."),
     ],
 )
 def test_bad_calls(small, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(grade, "BUILT", small.parent.parent)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    small.with_name("cut_off.zip").write_bytes(small.read_bytes()[:-50])
     assert grade.main(words) == 1
     assert message in capsys.readouterr().err
 
 
 def test_an_autograder_older_than_its_sheet_grades_nothing(
-    tmp_path, monkeypatch, capsys
+    small, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(grade, "HERE", tmp_path)
     monkeypatch.setattr(grade, "BUILT", tmp_path / "built")
     master = write_notebook(tmp_path / "small.ipynb", MASTER)
-    archive = tmp_path / "built" / assign.AUTOGRADERS / "small.zip"
-    archive.parent.mkdir(parents=True)
-    archive.touch()
+    folder = tmp_path / "built" / assign.AUTOGRADERS
+    folder.mkdir(parents=True)
+    archive = Path(shutil.copy(small, folder))
     os.utime(master, (0, archive.stat().st_mtime - 1))
     assert grade.archive_of("small") == archive
     os.utime(master, (0, archive.stat().st_mtime + 1))
-    words = ["small", str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    words = ["small", str(tmp_path / "in"), "--out", str(tmp_path / "out.csv")]
     assert grade.main(words) == 1
     assert "older than its notebook; `make coursework`" in capsys.readouterr().err
 

@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> int:
         confined=not given.trust,
     )
     try:
-        check_out(out)
+        check_out(out, given.folder)
         table = grade(archive_of(given.sheet), given.folder, limits, given.at_once)
     except GradingError as error:
         print(error, file=sys.stderr)
@@ -119,19 +119,27 @@ def whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
 
 
-def check_out(path: Path) -> None:
-    """Raise GradingError now, not after all grading, if it cannot be written."""
+def check_out(path: Path, folder: Path) -> None:
+    """Raise GradingError now, not after all grading, if it cannot be written.
+
+    Nor may it lie among the submissions: it could take the place of one, and would be
+    graded as one the next time.
+    """
     written = path if path.exists() else path.parent
     if path.is_dir() or not os.access(written, os.W_OK):
         raise GradingError(
             f"{path} cannot be written; name a file in a folder that is there"
+        )
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise GradingError(
+            f"{path} would lie among the submissions in {folder}; name a file elsewhere"
         )
 
 
 def archive_of(sheet: str) -> Path:
     """The autograder of a sheet; raises GradingError if it is not built, or is old."""
     path = BUILT / AUTOGRADERS / f"{sheet}.zip"
-    if not path.is_file():
+    if not zipfile.is_zipfile(path):  # nor if it is cut off
         raise GradingError(
             f"there is no built sheet {sheet!r}; the sheets are {', '.join(sheets())}, "
             "and `make coursework` builds them"
