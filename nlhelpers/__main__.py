@@ -34,6 +34,7 @@ EXPECTED = (
     grids.GridError,
     records.RecordError,
     training.DivergenceError,
+    torch.OutOfMemoryError,
 )
 
 

@@ -338,6 +338,15 @@ def test_usage_is_exit_status_2(words, message, capsys):
     assert message in printed
 
 
+def test_too_little_memory_is_one_line(run, monkeypatch, capsys):
+    def train(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(experiments, "run", train)
+    assert run() == 1
+    assert capsys.readouterr().err.endswith("error: CUDA out of memory\n")
+
+
 def test_an_interrupt_is_one_line(run, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
