@@ -371,12 +371,19 @@ def precision_of(model: nn.Module, device: torch.device) -> str:
 def source(spec: Spec, device: str = "cpu") -> str:
     """Hash of what makes a run's numbers besides spec and recipe, which a record holds.
 
-    That is the code, what only a GPU runs for its records alone; and of a folder of
-    one's own also which images lie in it.
+    That is the code; and of a folder of one's own also which images lie in it.
     """
+    made_by = code(spec, device)
+    if spec.dataset != folder.NAME:
+        return made_by
+    return hashlib.sha256((made_by + folder.fingerprint()).encode()).hexdigest()[:12]
+
+
+def code(spec: Spec, device: str) -> str:
+    """Hash of the code behind a run; what only a GPU runs is for its records alone."""
     loaders = datasets.DATASETS | {name: s.load for name, s in CRAWLED_SETS.items()}
     of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
-    code = records.source_hash(
+    return records.source_hash(
         METHODS[spec.method].run,
         MODELS[spec.model],
         source_of_data(spec),
@@ -392,9 +399,6 @@ def source(spec: Spec, device: str = "cpu") -> str:
         evaluation.screened,
         besides=(Spec, Recipe),
     )
-    if spec.dataset != folder.NAME:
-        return code
-    return hashlib.sha256((code + folder.fingerprint()).encode()).hexdigest()[:12]
 
 
 def spec_of(record: Record) -> Spec | None:

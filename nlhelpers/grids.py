@@ -153,7 +153,7 @@ def fetch(todo: list[Spec]) -> None:
 def remember_code(todo: list[Spec]) -> None:
     """Read the code behind runs now, as imported: it may change while they go."""
     for spec, kind in itertools.product(todo, ("cpu", "cuda")):
-        experiments.source(spec, kind)
+        experiments.code(spec, kind)
 
 
 def say(bar: tqdm, text: str) -> None:
