@@ -178,7 +178,7 @@ def test_a_prediction_has_a_test_of_its_own_and_may_be_corrected(sheet):
     assert [names for names in taken if names & predicted] == once * [predicted]
     asked = [cell.source for cell in cells if "*Before you run" in cell.source]
     assert len(asked) == once
-    said = "Then correct the answer in its cell: what stands there in the end counts."
+    said = "Then correct the answer in its cell: only your final answer counts."
     for text in (*asked, STUDENTS.read_text()):
         assert said in " ".join(text.split())
 
