@@ -1,5 +1,5 @@
-# `make book` and `make test` need Python 3.11 or newer, and nothing else: both stand on
-# one environment, .venv, which is made again when pyproject.toml changes.
+# `make book` and `make test` need Python 3.11 or newer, and nothing else: both use one
+# environment, .venv, which is made again when pyproject.toml changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ BIN := .venv/bin
 ENV := .venv/.installed-$(shell cksum < pyproject.toml | cut -d ' ' -f 1)
 
 # Every notebook and many tests start a Python of their own; where this is set, as in many
-# containers, each would compile all of torch again, for ten seconds.
+# containers, each would spend ten seconds compiling all of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -27,7 +27,7 @@ test: $(ENV) ## run all tests; after `make book` they also open every page
 coursework: $(ENV) ## build the sheets: students' copies, solutions, autograders
 	$(BIN)/python notebooks/coursework/assign.py $(SHEET)
 
-# Also OUT=points.csv, MINUTES=5 and MEMORY=4 (GiB) of each, TRUST=yes.
+# Also OUT=points.csv, MINUTES=5 and MEMORY=4 (GiB) for each, TRUST=yes.
 grade: $(ENV) ## grade notebooks: make grade SHEET=noise SUBMISSIONS=folder
 	$(if $(and $(SHEET),$(SUBMISSIONS)),,$(error Say what to grade: make grade SHEET=noise \
 	  SUBMISSIONS=folder))
@@ -47,10 +47,10 @@ clean: ## remove the environment and everything built
 
 $(ENV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "This book needs Python 3.11 or newer, and '$(PYTHON)' is not: "; \
+	  echo "This book needs Python 3.11 or newer, which '$(PYTHON)' is not: "; \
 	  $(PYTHON) --version; \
 	  echo "Name another one:  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; } >&2
-	@echo "Making the environment .venv; PyTorch is large, so this takes some minutes"
+	@echo "Making the environment .venv; PyTorch is large, so this takes a few minutes"
 	@$(PYTHON) -m venv .venv
 	@# Without --no-compile pip spends a minute on files that are never imported.
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \

@@ -1,11 +1,11 @@
 """Build the book: ``python book/build.py``.
 
 1. Run every notebook whose result may have changed (`execute`, `freshness`).
-2. Gather prose, executed notebooks, the students' sheets and written pages in
+2. Gather prose, executed notebooks, the students' sheets and generated pages in
    ``_build/source``.
-3. Let Jupyter Book make HTML of it, with every warning an error.
+3. Let Jupyter Book turn them into HTML, with every warning an error.
 
-When nothing changed since the last good build, only the checks run.
+If nothing has changed since the last good build, only the checks run.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def main() -> int:
     """Build the book.
 
     Returns:
-        The exit status: 0 if the book stands.
+        The exit status: 0 if the book is built.
     """
     chapters, failed = run_stale(TOP, BUILD / "notebooks")
     if failed:
@@ -74,7 +74,7 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
 
 
 def students_sheets() -> dict[Path, Path]:
-    """The students' copy of each sheet, by the master that it is made from."""
+    """The students' copy of each sheet, by the master it is made from."""
     masters = sorted((TOP / "notebooks" / "coursework").glob("*.ipynb"))
     folder = BUILD / "coursework" / "students"
     return {master: folder / master.name for master in masters}
@@ -126,7 +126,7 @@ def make_html(content: dict[str, bytes]) -> bool:
     """Run Jupyter Book if anything differs from the last good build.
 
     It starts from nothing each time: an incremental build would not repeat the warnings
-    of pages that did not change, and would leave their navigation old.
+    of pages that did not change, and would leave their navigation out of date.
 
     Returns:
         Whether the HTML is good.
@@ -142,7 +142,7 @@ def make_html(content: dict[str, bytes]) -> bool:
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(BUILD / "source")]
     command += ["--path-output", str(TOP), "-W", "-n", "--keep-going", "-q"]
-    print("pages are being made", flush=True)
+    print("building the pages", flush=True)
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         print("The pages have errors or warnings, see above", file=sys.stderr)
         return False
@@ -151,7 +151,7 @@ def make_html(content: dict[str, bytes]) -> bool:
 
 
 def fingerprint(content: dict[str, bytes]) -> dict[str, str]:
-    """A hash of all that the HTML is made from: sources, docstrings and tools."""
+    """A hash of everything the HTML is made from: sources, docstrings and tools."""
     parts = dict(content)
     for path in (TOP / "nlhelpers").rglob("*.py"):
         parts[path.relative_to(TOP).as_posix()] = path.read_bytes()

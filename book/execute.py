@@ -16,8 +16,8 @@ import psutil
 
 from freshness import notebook_key, versions
 
-AT_ONCE = 4  # notebooks that run together at most: each may take 2 GB
-# What the page of all results offers for download, beside the executed notebooks.
+AT_ONCE = 4  # most notebooks to run at the same time: each may take 2 GB
+# What the page of all results offers for download, besides the executed notebooks.
 TABLES = ("tables.csv", "tables.json")
 
 
@@ -62,7 +62,7 @@ def run_stale(top: Path, executed: Path) -> tuple[list[Chapter], int]:
     """Run every notebook whose key differs from that of its executed copy.
 
     Several run at once, each on a core of its own. With more threads their numbers
-    would depend on how many others run.
+    would depend on how many others are running.
 
     Args:
         top: The repository. Notebooks run there.
@@ -89,7 +89,7 @@ def run_stale(top: Path, executed: Path) -> tuple[list[Chapter], int]:
 
 
 def remove_leftovers(chapters: list[Chapter], executed: Path) -> None:
-    """Remove what notebooks that no longer exist, killed runs or editors have left."""
+    """Remove what deleted notebooks, killed runs or editors have left behind."""
     kept = {
         path
         for chapter in chapters
@@ -108,14 +108,14 @@ def run(chapter: Chapter, key: str, top: Path) -> bool:
     A failed notebook leaves no executed copy behind.
 
     Returns:
-        Whether it ran to its end.
+        Whether it ran to the end.
     """
     import papermill  # slow to import, and not needed when all is up to date
 
-    print(f"notebooks/{chapter.source.name} runs", flush=True)
+    print(f"notebooks/{chapter.source.name} is running", flush=True)
     part = chapter.target.with_suffix(".part.ipynb")
-    # Nothing is taken over from an earlier run: the page's run time is that of all it
-    # shows.
+    # Nothing is carried over from an earlier run: the page's run time covers all that
+    # it shows.
     chapter.records.unlink(missing_ok=True)
     start = time.perf_counter()
     try:
@@ -125,7 +125,7 @@ def run(chapter: Chapter, key: str, top: Path) -> bool:
             parameters={"records_file": os.path.relpath(chapter.records, top)},
             kernel_name="python3",
             cwd=top,
-            progress_bar=False,  # of several at once
+            progress_bar=False,  # several run at once
             extra_arguments=["--log-level=ERROR"],
         )
     except Exception as error:  # papermill's, a dead kernel, a broken file: all say why
@@ -150,10 +150,10 @@ def use_own_kernel() -> None:
 
 
 def place(error: Exception) -> str:
-    """Where a notebook failed, as far as the error tells."""
+    """Where a notebook failed, as far as the error says."""
     if not hasattr(error, "cell_index"):
         return f" ({type(error).__name__})"
-    # Counted from 1, without the cell of parameters that papermill has put before it.
+    # Counted from 1, without the cell of parameters that papermill puts before it.
     return f" in cell {error.cell_index}: {error.ename}: {error.evalue}"
 
 
@@ -178,7 +178,7 @@ def commit(top: Path) -> str:
 
 
 def machine() -> dict:
-    """The processor, its cores as this process may use them, and the memory in GB."""
+    """The processor, the cores that this process may use, and the memory in GB."""
     return {
         "processor": processor(),
         "cores": cores(),

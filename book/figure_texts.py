@@ -1,7 +1,7 @@
-"""A Sphinx extension: figures have a text for readers who do not see them.
+"""A Sphinx extension: figures have a text for readers who cannot see them.
 
-That is the caption below a figure, a paragraph that begins in italics, or else the
-title of the section. By itself a figure's text would be the name of its file.
+It is the caption below a figure (a paragraph that begins in italics), or else the title
+of the section. Otherwise a figure's text would be the name of its file.
 """
 
 from docutils import nodes
@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 
 
 def describe(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Give every image without a text of its own one."""
+    """Give a text to every image that has none of its own."""
     for image in doctree.findall(nodes.image):
         if not image.get("alt"):
             image["alt"] = caption(image) or title(image)

@@ -3,12 +3,12 @@
 A notebook's key is a hash of
 
 1. its own cells and metadata (but not outputs, ids or execution counts);
-2. the source of the package, all of it: what a notebook does not import counts too, but
-   the package is small, and each chapter imports nearly all of it;
+2. the source of the whole package: what a notebook does not import counts too, but the
+   package is small, and each chapter imports nearly all of it;
 3. the saved runs that its cells read, see `RECORDS`;
 4. the versions in `VERSIONS`.
 
-So no key stays the same when the notebook's result can change.
+So the key always changes when the notebook's result can.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def notebook_key(notebook: Path, top: Path) -> str:
         top: The repository, which holds the package and the records.
 
     Returns:
-        A hash that changes when the notebook's result can; "" for a file that is no
+        A hash that changes when the notebook's result can; "" for a file that is not a
         notebook, as after a merge with conflicts. Running it will say so.
     """
     try:
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def essence(content: dict) -> dict:
-    """What of a notebook decides its result and its page."""
+    """The parts of a notebook that decide its result and its page."""
     cells = [
         [cell["cell_type"], text(cell), cell.get("metadata", {})]
         for cell in content["cells"]

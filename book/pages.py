@@ -1,4 +1,4 @@
-"""The pages that no one writes by hand: the status page and the API reference."""
+"""The pages that are generated: the status page and the API reference."""
 
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ from execute import Chapter
 
 PACKAGE = "nlhelpers"
 
-# The reading order of the reference; modules not named here follow by name.
+# The reading order of the reference; others follow by name.
 ORDER = (
     "noise",
     "losses",
@@ -53,7 +53,7 @@ when, where and with what.
 
 API = """# The package nlhelpers
 
-These pages are written from the source.
+These pages are generated from the source.
 
 {table}
 """
@@ -63,8 +63,8 @@ MODULE = """# {title}
 {body}
 """
 
-# Names that a package only passes on are described where they are defined. The two
-# left out are scikit-learn's own, written into every estimator.
+# Names that a package only re-exports are described where they are defined. The two
+# excluded are scikit-learn's own, which it adds to every estimator.
 AUTOMODULE = """```{{eval-rst}}
 .. automodule:: {name}
    :members:
@@ -100,14 +100,14 @@ def status(chapters: list[Chapter]) -> str:
 
 
 def grouped(infos: dict[str, dict], part: str) -> str:
-    """One small table for each different value of a part of the run infos."""
+    """One small table for each distinct value of a part of the run infos."""
     groups: dict[tuple, list[str]] = {}
     for name, info in infos.items():
         groups.setdefault(tuple(info[part].items()), []).append(name)
     blocks = []
     for values, names in groups.items():
         if len(groups) > 1:
-            blocks.append("Of " + ", ".join(f"`{name}`" for name in names) + ":")
+            blocks.append("For " + ", ".join(f"`{name}`" for name in names) + ":")
         rows = [[key.replace("_gb", " in GB"), str(value)] for key, value in values]
         blocks.append(table([part.removesuffix("s").capitalize(), ""], rows))
     return "\n\n".join(blocks)
@@ -123,7 +123,7 @@ def api(top: Path) -> dict[str, str]:
     """The API reference.
 
     Returns:
-        Pages by their path: one with all modules, and one for each.
+        Pages by their path: one that lists all modules, and one for each.
     """
     found = public_modules(top / PACKAGE)
     rows = [[f"{{doc}}`api/{name}`", summary(path)] for name, path in found.items()]
@@ -148,7 +148,8 @@ def module_page(name: str, path: Path) -> str:
 def public_modules(folder: Path) -> dict[str, Path]:
     """Modules of the package with their files, in reading order.
 
-    That of Triton is left out where there is none: torch has it on Linux only.
+    The one written in Triton is left out where Triton is missing: torch brings it on
+    Linux only.
     """
     paths = [*folder.glob("[!_]*.py"), *folder.glob("[!_]*/__init__.py")]
     found = {
