@@ -27,7 +27,7 @@ from nlhelpers.specs import (
     known,
 )
 
-DATASET = "digits"  # unless told
+DATASET = "digits"  # by default
 EXPECTED = (
     ValueError,
     data.DataError,
@@ -39,9 +39,9 @@ EXPECTED = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for an error, 2 for usage.
+    """Run the command line and return the exit status.
 
-    130 is for Ctrl-C.
+    It is 0, or 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
     """
     options = parser().parse_args(arguments)
     try:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        print("stopped; run the same command again to do the rest", file=sys.stderr)
         return 130
     return 0
 
@@ -69,13 +69,13 @@ def parser() -> argparse.ArgumentParser:
     add_grid(run)
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument(
-        "--time-budget", type=minutes, metavar="MINUTES", help="start no run after this"
+        "--time-budget", type=minutes, metavar="MINUTES", help="start none after this"
     )
     run.add_argument(
         "--workers", type=int, metavar="N", help="processes that run at once (Dask)"
     )
     run.add_argument(
-        "--scheduler", metavar="ADDRESS", help="of a Dask scheduler with its workers"
+        "--scheduler", metavar="ADDRESS", help="of a Dask scheduler that has workers"
     )
     show = commands.add_parser("show", help="print records, and run nothing")
     show.set_defaults(command=show_table)
@@ -86,13 +86,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_grid(command: argparse.ArgumentParser) -> None:
-    """The options that say which runs; several values make a grid."""
+    """Add the options that say which runs; several values make a grid."""
     command.add_argument("table", nargs="?", help=f"a table: {', '.join(TABLES)}")
     command.add_argument("--method", nargs="+", metavar="NAME")
     command.add_argument(
         "--dataset",
         metavar="NAME",
-        help="the digits unless told; of a table on one data set, that one",
+        help="default: the digits, or the only data set that a table has",
     )
     command.add_argument("--noise", nargs="+", metavar="NAME")
     command.add_argument("--noise-rate", nargs="+", type=rate, metavar="P")
@@ -103,7 +103,7 @@ def add_grid(command: argparse.ArgumentParser) -> None:
     command.add_argument("--transition", metavar="CSV", help="T, for --noise given")
     command.add_argument("--task", default="", help="two groups, like '5,7 vs 2,4'")
     command.add_argument(
-        "--pi", nargs=2, type=float, metavar=("PI_P", "PI_N"), help="of a task"
+        "--pi", nargs=2, type=float, metavar=("PI_P", "PI_N"), help="for a task"
     )
     command.add_argument("--num-images", type=int, default=0, metavar="N")
     command.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE")
@@ -120,8 +120,8 @@ def rate(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no rate; it must be a number in [0, 1], or None for labels "
-            "that have their own"
+            f"{text!r} is not a rate; it must be a number in [0, 1], or None for "
+            "labels that have their own"
         ) from None
 
 
@@ -130,7 +130,7 @@ def minutes(text: str) -> float:
     with contextlib.suppress(ValueError):
         if float(text) >= 0:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, 0 or more")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes, 0 or more")
 
 
 def specs(options: argparse.Namespace) -> list[Spec]:
@@ -139,7 +139,7 @@ def specs(options: argparse.Namespace) -> list[Spec]:
 
 
 def named(options: argparse.Namespace) -> list[Spec]:
-    """The runs that the options name, as often as they do."""
+    """The runs that the options name, repeated where they name one again."""
     if options.table is not None:
         known("table", options.table, TABLES)
         known("profile", options.profile, profiles.PROFILES)
@@ -177,18 +177,18 @@ def named(options: argparse.Namespace) -> list[Spec]:
 
 
 def only(datasets: list[str]) -> str:
-    """The data set of a table that has one; else the default."""
+    """The data set of a table that has only one; else the default."""
     return datasets[0] if len(datasets) == 1 else DATASET
 
 
 def check_choice(options: argparse.Namespace) -> None:
-    """Raise ValueError for what cannot be said beside a table's name."""
+    """Raise ValueError for a wrong name or rate, or an option that a table fixes."""
     for method in options.method or []:
         known("method", method, METHODS)
     for name in options.noise or []:
         known("noise", name, NOISE_NAMES)
     for p in options.noise_rate or []:
-        if p is not None:  # of labels that have their own
+        if p is not None:  # None: the labels have their own
             check_rate(p)
     fixed = ("model", "num_clean", "transition", "task", "pi", "num_images", "set")
     for name in (name for name in fixed if getattr(options, name)):
@@ -219,7 +219,7 @@ def chosen(spec: Spec, options: argparse.Namespace) -> bool:
 
 
 def setting(text: str) -> tuple[str, object]:
-    """Split NAME=VALUE; a value that is no Python literal stays text."""
+    """Split NAME=VALUE; a value that is not a Python literal stays text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set takes NAME=VALUE, not {text!r}")
@@ -232,7 +232,7 @@ def setting(text: str) -> tuple[str, object]:
 def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
     """T from a file of K lines with K comma-separated numbers."""
     try:
-        with warnings.catch_warnings(action="error"):  # of a file without numbers
+        with warnings.catch_warnings(action="error"):  # if a file has no numbers
             rows = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError, UserWarning) as error:
         raise ValueError(
@@ -243,7 +243,7 @@ def read_transition(path: Path) -> tuple[tuple[float, ...], ...]:
 
 
 def run_grid(options: argparse.Namespace) -> None:
-    """Run what is asked for and not recorded, then print all of it."""
+    """Run what is asked for but not yet recorded, then print all of it."""
     budget = None if options.time_budget is None else 60 * options.time_budget
     wanted = specs(options)
     alone = options.workers is None and options.scheduler is None
@@ -258,21 +258,21 @@ def run_grid(options: argparse.Namespace) -> None:
 
 
 def advise(device: torch.device) -> None:
-    """Say that a GPU would do several runs at once."""
+    """Point out that a GPU can do several runs at once."""
     if device.type == "cuda":
         print(
-            "One run at a time; several share a GPU much better: "
+            "This does one run at a time; several at once make better use of a GPU: "
             f"--workers {torch.get_num_threads()}"
         )
 
 
 def show_table(options: argparse.Namespace) -> None:
-    """Print the records that exist of what is asked for."""
+    """Print the existing records of the runs asked for."""
     wanted = set(specs(options))
     found = grids.recorded(options.records)
     done = [record for spec, record in found.items() if spec in wanted]
     if not done:
-        print(f"{options.records} has no record of these runs by today's code")
+        print(f"{options.records} has no record of these runs made by the present code")
         return
     print(report.summary(done).to_string(index=False))
     for record in experiments.stopped(done):

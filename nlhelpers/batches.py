@@ -1,4 +1,4 @@
-"""Which images a step sees: orders, classes in balance, augmentation by the batch."""
+"""Which images a step sees: their order, class balance, and augmentation by batch."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import singledispatch
@@ -8,7 +8,7 @@ from torch import Generator, Tensor, distributed
 
 
 def uniform(count: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
-    """One pass over 0 .. count - 1 in random order, the incomplete batch left out."""
+    """One pass over 0 .. count - 1 in random order, without an incomplete batch."""
     batch_size = min(batch_size, count)
     size = count - count % batch_size
     return iter(repeated(count, size, generator).split(batch_size))
@@ -17,7 +17,7 @@ def uniform(count: int, batch_size: int, generator: Generator) -> Iterator[Tenso
 def balanced(
     labels: Tensor, batch_size: int, generator: Generator, size: int | None = None
 ) -> Iterator[Tensor]:
-    """An epoch of `size` indices (as many as labels, if None), classes equally often.
+    """An epoch of `size` indices (as many as labels if None), classes equally often.
 
     Rare classes are over-sampled (Ding et al. 2018, section 3.3).
     """
@@ -112,7 +112,7 @@ def reflect(images: Tensor, border: int) -> Tensor:
     return images[:, :, mirror(images.shape[2])][:, :, :, mirror(images.shape[3])]
 
 
-# What makes of an epoch's indices (B,) the batches (index, *views) that a step takes.
+# Turns an epoch's indices (B,) into the batches (index, *views) that a step takes.
 Load = Callable[[Iterable[Tensor]], Iterator[tuple[Tensor, ...]]]
 
 
@@ -120,7 +120,7 @@ Load = Callable[[Iterable[Tensor]], Iterator[tuple[Tensor, ...]]]
 def loader(
     images: Tensor, crop: int, flip: bool, generator: Generator, views: int
 ) -> Load:
-    """Batches of images that lie on the device; other kinds of images register theirs.
+    """Batches of images on the device; other kinds of images register a loader.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -141,8 +141,8 @@ def loader(
 def share(index: Tensor) -> Tensor:
     """The part of a batch (B,) that this process takes: all of it, if it is alone.
 
-    Of n processes each takes every n-th index, so that a batch of two halves gives
-    every process both.
+    Each of n processes takes every n-th index, so that every process gets some of both
+    halves of a batch.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return index
@@ -151,5 +151,5 @@ def share(index: Tensor) -> Tensor:
 
 @singledispatch
 def joined(first: Tensor, second: Tensor) -> Tensor:
-    """Two sets of images, one after the other; other kinds register theirs."""
+    """Two sets of images, end to end; other kinds register their own function."""
     return torch.cat([first, second])

@@ -1,9 +1,9 @@
-"""Binary tasks of few images, with exact fractions of right labels (Chiaroni 2019).
+"""Binary tasks with few images and exact fractions of right labels (Chiaroni 2019).
 
-Groups of classes against each other, like "5,7 vs 2,4". A method sees two classes: 0 is
-the positive group, 1 the negative one (Eq. 2).
+A task sets two groups of classes against each other, like "5,7 vs 2,4". A method sees
+two classes: 0 is the positive group, 1 the negative one (Eq. 2).
 
-Symbols: P, N = truly positive and negative images, P_hat, N_hat = labelled so;
+Symbols: P, N = truly positive and negative images; P_hat, N_hat = images labelled so;
 pi_P, pi_N = the fraction of right labels in P_hat and N_hat.
 """
 
@@ -22,7 +22,7 @@ Groups = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def groups(task: str) -> Groups:
-    """The names of the positive and of the negative classes in "5,7 vs 2,4".
+    """The names of the positive and the negative classes of a task like "5,7 vs 2,4".
 
     Raises:
         ValueError: if a group is empty, or a class is named twice.
@@ -44,7 +44,7 @@ def groups(task: str) -> Groups:
 
 
 def check_pi(pi: object) -> tuple[float, float]:
-    """Return (pi_P, pi_N), or raise ValueError unless labels can be learned from."""
+    """Return (pi_P, pi_N); raise ValueError if such labels cannot be learned from."""
     try:
         pi_P, pi_N = map(float, pi)
     except (TypeError, ValueError):
@@ -72,22 +72,22 @@ def load(
     *,
     rows: int = UPSAMPLED,
 ) -> tuple[NoisyData, Truth]:
-    """Few images with noisy labels, repeated to `rows`, and what only we see.
+    """A few images with noisy labels, repeated to fill `rows`, and what only we see.
 
-    Every class of a group is there as often as the others. Validated is on as many
-    other images, or as there are, with labels as noisy; they are not repeated. Tested
-    is on all test images of the classes.
+    All classes of a group have equally many images. Validation uses as many other
+    images, or as many as there are, with labels as noisy; they are not repeated. The
+    test uses all test images of the classes.
 
     Args:
-        dataset: all classes.
+        dataset: with all its classes.
         task: as in `groups`.
-        pi: pi_P and pi_N, respected as nearly as whole numbers allow.
-        num_images: how many different ones to train on.
+        pi: pi_P and pi_N, met as closely as whole numbers allow.
+        num_images: how many different images to train on.
         generator: a CPU generator; decides which images, and which labels are wrong.
-        rows: of the training set, over which its images are repeated.
+        rows: length of the training set, which its images are repeated to fill.
 
     Raises:
-        ValueError: if the numbers do not come out even, or pi cannot be had.
+        ValueError: if the images cannot be divided evenly, or pi cannot be met.
         DataError: if a class has too few images.
     """
     sides = numbers(task, dataset)
@@ -133,7 +133,7 @@ def numbers(task: str, dataset: DataSet) -> tuple[Tensor, Tensor]:
 
 
 def check_size(num_images: int, sides: tuple[Tensor, Tensor], task: str) -> None:
-    """Raise ValueError unless every class of a group can have as many images."""
+    """Raise ValueError unless groups, and the classes of each, can be equally large."""
     step = 2 * math.lcm(*map(len, sides))
     if num_images < step or num_images % step:
         raise ValueError(
@@ -153,7 +153,7 @@ def divided(
         (min(map(len, classes)) - share) * len(classes)
         for classes, share in zip(own, shares, strict=True)
     ]
-    half = min(num_images // 2, *left)  # of a validation set as large, if there is one
+    half = min(num_images // 2, *left)  # of a validation set as large, if there can be
     half -= half % math.lcm(*map(len, sides))
     if half <= 0:
         fewest = min(len(index) for classes in own for index in classes)
@@ -180,7 +180,7 @@ def mislabelled(
     pi: tuple[float, float],
     generator: Generator,
 ) -> Tensor:
-    """Labels of the task (N,), of which exactly so many are wrong as pi asks for.
+    """Labels of the task (N,), of which exactly as many are wrong as pi asks for.
 
     The classes of a group share its wrong labels as evenly as whole numbers allow.
 
@@ -204,8 +204,8 @@ def wrong_labels(half: int, pi_P: float, pi_N: float) -> tuple[int, int]:
     """How many of `half` positive and of `half` negative images get a wrong label.
 
     With d positives in N_hat and b negatives in P_hat, (half - d) / (half - d + b) is
-    to be pi_P and (half - b) / (half - b + d) is to be pi_N. In real numbers there is
-    one solution; of the whole numbers around it those are taken that come nearest.
+    to be pi_P and (half - b) / (half - b + d) is to be pi_N. There is one solution in
+    real numbers; of the whole numbers around it, those that come nearest are taken.
 
     Raises:
         ValueError: if no division of two halves has these fractions.

@@ -1,9 +1,9 @@
 """Clothing1M: photographs from shops, with labels found in the text around them.
 
 A million images carry noisy labels, 72,409 were labelled by hand; there are 14 classes
-(Xiao et al. 2015). The authors alone give out the set. It is read in the layout they
-publish: `images/`, lists of keys, and tables from key to label. A key is the path of an
-image under the root.
+(Xiao et al. 2015). The set is available from the authors only. It is read in the layout
+they publish: `images/`, lists of keys, and tables from key to label. A key is the path
+of an image under the root.
 """
 
 import itertools
@@ -40,24 +40,24 @@ def load(
     clean_val: bool = True,
     thorough: bool = False,
 ) -> tuple[NoisyData, Truth]:
-    """Clothing1M as Xiao et al. (2015) use it: noisy images, and a clean set besides.
+    """Clothing1M as Xiao et al. (2015) use it: noisy images and a clean set.
 
-    The clean set, the validation and the test images are those the authors chose, with
-    true labels. Where a label is unknown it is -1: the true label of a noisy image
-    that nobody checked (`Truth.labels`), and the label that a checked image would have
-    been given, if it never was (`NoisyData.clean_given_labels`).
+    The clean set, the validation images and the test images are those the authors
+    chose, with true labels. A label that is unknown is -1: the true label of a noisy
+    image that nobody checked (`Truth.labels`), and the given label of a checked image
+    that never got one (`NoisyData.clean_given_labels`).
 
-    All images are looked at first. If a few are missing or damaged, the rest is used,
-    and one warning tells of them.
+    All files are examined first. If a few are missing or damaged, the others are used,
+    and one warning reports them.
 
     Args:
         generator: a CPU generator; decides which images are used, if `limit` is set.
         root: the folder that holds `images`; None is `clothing1m` in `data_root()`.
-        limit: use at most so many images of each of the four lists; None is all.
+        limit: use at most this many images of each of the four lists; None is all.
         size: as in `ImageFiles`.
         crop_to: as in `ImageFiles`.
         clean_val: whether `NoisyData.val_labels` are true; else they are as given, and
-            -1 where none was.
+            -1 where none was given.
         thorough: decode each image to see whether it is damaged, which takes as long as
             an epoch; else only its header is read.
 
@@ -83,7 +83,7 @@ def load(
 
 
 def folder(root: Path | None = None) -> Path:
-    """Where the set lies: `root`, or if that is None, `clothing1m` in `data_root()`."""
+    """Where the set is: `root`, or if that is None, `clothing1m` in `data_root()`."""
     return data_root() / "clothing1m" if root is None else Path(root)
 
 
@@ -117,10 +117,11 @@ def check_layout(root: Path) -> None:
 
 
 def read_labels(path: Path) -> dict[str, int]:
-    """Labels by key, from lines of a key and a label.
+    """Labels by key, from lines that hold a key and a label.
 
     Raises:
-        DataError: if a line is malformed, a label is none of 0 to 13, or a key has two.
+        DataError: if a line is malformed, a label is not one of 0 to 13, or a key has
+            two different ones.
     """
     labels = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -148,10 +149,10 @@ def read_labels(path: Path) -> dict[str, int]:
 def check_lists(
     root: Path, keys: Mapping[str, Sequence[str]], tables: Mapping[str, dict[str, int]]
 ) -> None:
-    """Raise DataError if a key has no label, or is in two lists that share none.
+    """Raise DataError if a key has no label, or is in two lists that may share none.
 
-    A noisy image may be in the clean set too; in no other case does an image of one
-    list return in another.
+    A noisy image may be in the clean set too; otherwise, no image of one list may be in
+    another.
     """
     for name, table in TABLES.items():
         lost = [key for key in keys[name] if key not in tables[table]]

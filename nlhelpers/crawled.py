@@ -27,7 +27,7 @@ class Part:
         images: N files.
         given: (N,) int64, noisy labels, or `data.UNKNOWN`.
         true: (N,) int64, labels checked by hand, or `data.UNKNOWN`.
-        index: (N,) int64, where each image stands in its list.
+        index: (N,) int64, the position of each image in its list.
     """
 
     images: ImageFiles
@@ -79,7 +79,7 @@ def divided(
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise ValueError unless a limit leaves an image."""
+    """Raise ValueError unless a limit leaves at least one image."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit!r}; it must be 1 or more, or None for all")
 
@@ -88,7 +88,7 @@ def check_limit(limit: int | None) -> None:
 
 
 def check_layout(root: Path, names: Iterable[str], advice: str) -> None:
-    """Raise DataError, which names all that is missing, unless a set is complete.
+    """Raise DataError, naming all that is missing, unless a set is complete.
 
     Args:
         root: the folder that should hold it.
@@ -102,12 +102,12 @@ def check_layout(root: Path, names: Iterable[str], advice: str) -> None:
 
 
 def is_there(path: Path, folder: bool) -> bool:
-    """Whether a path is a folder, or else a file."""
+    """Whether a path is a folder, if `folder` is true, or else a file."""
     return path.is_dir() if folder else path.is_file()
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, of which none may be blank."""
+    """The lines of a text file, none of which may be blank."""
     # A path need not be UTF-8; what is not comes through as it is.
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.rstrip().split("\n")]
@@ -119,7 +119,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_names(path: Path, names: Sequence[str], number: int) -> tuple[str, ...]:
-    """The names of the classes; raise DataError unless there are so many."""
+    """Return the names of the classes, or raise DataError unless there are `number`."""
     if len(names) != number:
         raise DataError(
             f"{path} has {len(names)} names, not {number}; put the published file there"
@@ -135,14 +135,14 @@ def without_broken(
     thorough: bool,
     advice: str = "unpack the published archives again",
 ) -> dict[str, Part]:
-    """The parts less their missing and damaged images, of which one warning tells.
+    """The parts without their missing and damaged images, which one warning reports.
 
     An image in two parts counts twice.
 
     Args:
         parts: by name.
-        thorough: whether every image is decoded, and not its header only.
-        advice: what to do if they are too many.
+        thorough: whether every image is decoded, and not only its header read.
+        advice: what to do if there are too many of them.
 
     Raises:
         DataError: if they are more than 1 % of all.
@@ -161,16 +161,16 @@ def without_broken(
 
 
 def tolerate(lost: Sequence[str], total: int, what: str, advice: str) -> None:
-    """Warn of what is left out, on behalf of whoever loads a set.
+    """Warn whoever loads a set of what is left out.
 
     Args:
-        lost: its names.
+        lost: names of what is left out.
         total: how many there are in all.
-        what: what they are and lack, for the message.
-        advice: what to do if they are too many.
+        what: what they are and what is wrong with them, for the message.
+        advice: what to do if there are too many of them.
 
     Raises:
-        DataError: if it is more than 1 % of all.
+        DataError: if they are more than 1 % of all.
     """
     if not lost:
         return
@@ -178,5 +178,5 @@ def tolerate(lost: Sequence[str], total: int, what: str, advice: str) -> None:
     found = f"{len(lost):,} of {total:,} {what}, first {first}"
     if len(lost) > MOST_BROKEN * total:
         raise DataError(f"{found}; more than {MOST_BROKEN:.0%} are too many: {advice}")
-    # Tells of the line that called `load`, two calls further up.
+    # Points to the line that called `load`, two calls further up.
     warnings.warn(f"{found}; the run goes on without them", stacklevel=4)

@@ -22,7 +22,7 @@ from torchvision.datasets.utils import check_integrity
 
 from nlhelpers import noise
 
-# The label sets of CIFAR-10N by the names that `noise` goes by here.
+# The label sets of CIFAR-10N, by the names that they have here as `noise`.
 HUMAN_LABELS = {
     "human-clean": "clean_label",
     "human-aggregate": "aggre_label",
@@ -35,7 +35,7 @@ HUMAN_LABELS = {
 
 UNKNOWN = -1  # in place of a label that an image never got
 
-# What readers raise for a file with other content than its name promises.
+# What readers raise for a file whose content is not what its name promises.
 UNREADABLE = (LookupError, TypeError, ValueError, RuntimeError, AssertionError)
 
 
@@ -48,7 +48,7 @@ class DataSet:
     """Images with their true labels, as published.
 
     Attributes:
-        images: (N, C, H, W) uint8, in the published order; of the digits, in that of
+        images: (N, C, H, W) uint8, in the published order; for the digits, in that of
             `digits`.
         labels: (N,) int64, true.
         test_images: (M, C, H, W) uint8.
@@ -81,7 +81,8 @@ class NoisyData:
         num_classes: K.
         clean_images: (M, C, H, W) uint8, the paper's small clean set; M may be 0.
         clean_labels: (M,) int64, checked by hand, so true; UNKNOWN where the given one
-            was found wrong, for methods that learn from `verdicts` (`Method`) only.
+            was found wrong, which only methods that learn from `verdicts` (`Method`)
+            are shown.
         clean_given_labels: (M,) int64, what was given before they were checked;
             UNKNOWN where nothing was.
     """
@@ -109,7 +110,7 @@ class Truth:
         val_labels: (V,) int64, of `NoisyData.val_images`.
         test_images: (M, C, H, W) uint8.
         test_labels: (M,) int64.
-        index: (N,) int64, where each training image stands in `DataSet.images`.
+        index: (N,) int64, the position of each training image in `DataSet.images`.
     """
 
     labels: Tensor
@@ -124,7 +125,7 @@ class Truth:
 
 
 def with_clean(data: NoisyData, index: Tensor | slice) -> NoisyData:
-    """The data with some of their clean images only: int64 or bool (M,), or a slice."""
+    """The data with only some of their clean images: int64 or bool (M,), or a slice."""
     clean = ("clean_images", "clean_labels", "clean_given_labels")
     return dataclasses.replace(data, **{n: getattr(data, n)[index] for n in clean})
 
@@ -133,7 +134,7 @@ def _to(bundle, device: torch.device):
     moved = {}
     for field in dataclasses.fields(bundle):
         value = getattr(bundle, field.name)
-        if getattr(value, "ndim", None) == 4:  # images, be it a tensor or files
+        if getattr(value, "ndim", None) == 4:  # images, as a tensor or as files
             value = value.to(device, memory_format=torch.channels_last)
         elif isinstance(value, Tensor):
             value = value.to(device)
@@ -157,11 +158,11 @@ def split(
         dataset: images with the truth.
         noisy_labels: (N,) int64, what a method is given instead.
         generator: a CPU generator; decides which image goes where.
-        val_share: share left out for validation (Ding et al. 2018 leave out 10 %).
+        val_share: share held out for validation (Ding et al. 2018 hold out 10 %).
         num_clean: images with true labels, taken from the training part.
         clean_val: validate on true labels, as some papers do.
-        limit: train and validate on so many images in all, and test on as many; None is
-            all of them.
+        limit: train and validate on this many images in all, and test on as many; None
+            is all of them.
     """
     noise.check_labels(noisy_labels, dataset.num_classes)
     if len(noisy_labels) != len(dataset.images):
@@ -198,7 +199,7 @@ def split(
 
 
 def data_root() -> Path:
-    """Where data sets lie: $NLHELPERS_DATA, or ~/.cache/nlhelpers."""
+    """Where data sets are kept: $NLHELPERS_DATA, or ~/.cache/nlhelpers."""
     return Path(os.environ.get("NLHELPERS_DATA", "~/.cache/nlhelpers")).expanduser()
 
 
@@ -214,7 +215,7 @@ def load(name: str) -> DataSet:
 def digits() -> DataSet:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth is for testing.
 
-    The split is fixed and stratified; it is no part of an experiment's randomness.
+    The split is fixed and stratified; it is not part of an experiment's randomness.
     """
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""How a run is judged: the only code that puts a network and the truth together."""
+"""How a run is judged: the only code that brings a network and the truth together."""
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def outcome(history: list[dict[str, object]]) -> dict[str, object]:
     """Test accuracy after the last epoch, and at the best validation epoch.
 
     The best epoch is the first with the highest validation accuracy in the method's
-    last training; the test set has no say in it.
+    last training; the test set plays no part in the choice.
     """
     final = [row for row in history if row["stage"] == history[-1]["stage"]]
     best = max(final, key=lambda row: row["val_accuracy"])

@@ -41,13 +41,13 @@ from nlhelpers.training import (
 load = functools.lru_cache(maxsize=1)(datasets.load)
 
 # Forms of one step that a process compiles for a GPU. All losses share a step, and each
-# makes it another form; after torch's own 8 the rest would run uncompiled.
+# gives it another form; beyond torch's own limit of 8, the rest would run uncompiled.
 FORMS = 64
 
-# What only a GPU runs, in the place of other code.
+# What only a GPU runs, in place of other code.
 ON_A_GPU = training.fit_by_graphs, losses.compiled_cross_entropy
 
-# What ends one run and says nothing of the next one.
+# What ends one run and says nothing about the next one.
 FAILURES = (ValueError, DivergenceError)
 
 
@@ -83,7 +83,7 @@ def given(spec: Spec, dataset: DataSet, generator: torch.Generator) -> Tensor:
 def random_confusion(
     spec: Spec, dataset: DataSet, generator: torch.Generator
 ) -> Tensor:
-    """A label changes into others with shares that the seed draws."""
+    """A label changes into other classes, in shares drawn from the seed."""
     T = noise.random_confusion(spec.noise_rate, dataset.num_classes, generator)
     return noise.corrupt(dataset.labels, T, generator)
 
@@ -134,11 +134,11 @@ def class_names(dataset: str) -> tuple[str, ...]:
 def given_val_labels(spec: Spec, device: torch.device) -> Tensor:
     """A run's validation labels (V,) int64 before anybody checked them.
 
-    UNKNOWN where none was given. What a method validates with may be the true ones.
+    UNKNOWN where none was given. A method may validate on the true labels instead.
     """
     if spec.dataset in CRAWLED_SETS:
         return crawled_data(spec, device, clean_val=False)[0].val_labels
-    # A method that is given the same images, and validates on labels as they are.
+    # A method that is given the same images, and validates on labels as given.
     unchecked = dataclasses.replace(spec, method="two-stage", settings=())
     return data_for(unchecked, device)[0].val_labels
 
@@ -148,8 +148,8 @@ def both_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images (N, ...) of a run with their given and their true labels, both known.
 
-    Of training, or of validation if more is known there: of Clothing1M hardly a
-    training image was checked, of Food-101N none.
+    They are training images, or validation images if more is known of those: hardly a
+    training image of Clothing1M was checked, and none of Food-101N.
     """
     val_given = given_val_labels(spec, seen.labels.device)
     found = []
@@ -165,10 +165,10 @@ def both_labels(
 def crawled_data(
     spec: Spec, device: torch.device, *, clean_val: bool = True
 ) -> tuple[NoisyData, Truth]:
-    """Data that come divided, with as many clean images as the spec allows.
+    """Data that come already divided, with as many clean images as the spec allows.
 
-    Clean images of which nobody knows more than that their label is wrong are for
-    methods that learn from `verdicts`.
+    Clean images of which it is only known that their label is wrong are for methods
+    that learn from `verdicts`.
     """
     generator = torch.Generator().manual_seed(spec.seed)
     seen, truth = CRAWLED_SETS[spec.dataset].load(
@@ -224,7 +224,7 @@ def run(
     """Train by the spec's method and return the record.
 
     Raises:
-        ValueError: for what the method refuses, as a clean set without some class.
+        ValueError: for what the method refuses, such as a clean set that lacks a class.
         DivergenceError: if the loss stops being finite.
         DataError: if the data set is missing or damaged.
     """
@@ -289,7 +289,7 @@ def attempt(
     *,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> Record:
-    """`run`; but of a run that stops in the middle of training, a record that says so.
+    """Like `run`, but a run that stops in mid-training gives a record that says so.
 
     Such a record has the error's message as `stopped`, and no results.
 
@@ -297,7 +297,7 @@ def attempt(
         ValueError: for what a method refuses before it trains.
     """
     started, trained = time.perf_counter(), []
-    made_from = source(spec, device.type)  # as `run` has it
+    made_from = source(spec, device.type)  # as in `run`
 
     def noted(event: Event) -> None:
         if isinstance(event, Epoch | Auxiliary):
@@ -319,7 +319,7 @@ def attempt(
 
 
 def settings_of(spec: Spec) -> dict[str, object]:
-    """The method's settings; a "known" T is the one that the labels were drawn by."""
+    """The method's settings; a "known" T is the one that the labels were drawn from."""
     known = {"T": transition_of(spec)} if knows_T(spec) else {}
     return dict(spec.settings) | known
 
@@ -330,7 +330,7 @@ def knows_T(spec: Spec) -> bool:
 
 
 def transition_of(spec: Spec) -> Tensor:
-    """T (K, K) float64 of a run's noise, one of KNOWN_T."""
+    """T (K, K) float64 of a run's noise, which is one of KNOWN_T."""
     num_classes = len(class_names(spec.dataset))
     match spec.noise:
         case "symmetric":
@@ -346,7 +346,7 @@ def transition_of(spec: Spec) -> Tensor:
 def screened(
     event: Screening, seen: NoisyData, truth: Truth
 ) -> dict[str, float] | None:
-    """What was kept of the labels whose truth is known; None if none is."""
+    """What was kept of the labels whose truth is known; None if none are."""
     known = truth.labels != datasets.UNKNOWN
     if not known.any():
         return None
@@ -355,7 +355,7 @@ def screened(
 
 
 def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
-    """Share of wrong labels among those whose truth is known; None if none is."""
+    """Share of wrong labels among those whose truth is known; None if none are."""
     known = truth.labels != datasets.UNKNOWN
     if not known.any():
         return None
@@ -363,7 +363,7 @@ def realised_rate(seen: NoisyData, truth: Truth) -> float | None:
 
 
 def precision_of(model: nn.Module, device: torch.device) -> str:
-    """The type in which a network's matrices are multiplied, as `autocast` has it."""
+    """The type in which a network's matrices are multiplied, as `autocast` sets it."""
     with training.autocast(model, device):
         return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
 
@@ -371,7 +371,7 @@ def precision_of(model: nn.Module, device: torch.device) -> str:
 def source(spec: Spec, device: str = "cpu") -> str:
     """Hash of what makes a run's numbers besides spec and recipe, which a record holds.
 
-    That is the code; and of a folder of one's own also which images lie in it.
+    That is the code and, for a folder of your own, also which images are in it.
     """
     made_by = code(spec, device)
     if spec.dataset != folder.NAME:
@@ -380,7 +380,7 @@ def source(spec: Spec, device: str = "cpu") -> str:
 
 
 def code(spec: Spec, device: str) -> str:
-    """Hash of the code behind a run; what only a GPU runs is for its records alone."""
+    """Hash of the code behind a run; what only a GPU runs counts on a GPU only."""
     loaders = datasets.DATASETS | {name: s.load for name, s in CRAWLED_SETS.items()}
     of_labels = [NOISES[spec.noise]] if spec.noise in NOISES else []
     return records.source_hash(
@@ -402,7 +402,7 @@ def code(spec: Spec, device: str) -> str:
 
 
 def spec_of(record: Record) -> Spec | None:
-    """What a record was asked to run; None if today's code no longer knows a name."""
+    """What a record was meant to run; None if today's code no longer knows a name."""
     try:
         return Spec(**record["spec"])
     except (ValueError, TypeError):
@@ -410,7 +410,7 @@ def spec_of(record: Record) -> Spec | None:
 
 
 def recipe_of(record: Record) -> Recipe | None:
-    """How a record's networks were trained; None if today's code cannot say it."""
+    """How a record's networks were trained; None if today's code cannot express it."""
     try:
         return Recipe(**record["recipe"])
     except (KeyError, TypeError):
@@ -428,28 +428,28 @@ def is_current(record: Record) -> bool:
 
 
 def device_type(record: Record) -> str:
-    """What a record was made on: "cpu", of which it has the threads, or "cuda"."""
+    """What a record was made on: "cpu", if it has a number of threads, or "cuda"."""
     return "cuda" if record.get("threads", 0) is None else "cpu"
 
 
 def latest(found: Iterable[Record]) -> list[Record]:
-    """Of each spec and device the record that counts, if the run came to its end.
+    """For each spec and device, the record that counts, if the run reached its end.
 
-    It is the last one that today's code made, or else the last.
+    It is the last one that today's code made, or else the last one of all.
     """
     return [record for record in newest(found) if "stopped" not in record]
 
 
 def stopped(found: Iterable[Record]) -> list[Record]:
-    """Of each spec and device the record that counts, if the run stopped."""
+    """For each spec and device, the record that counts, if the run stopped."""
     return [record for record in newest(found) if "stopped" in record]
 
 
 def newest(found: Iterable[Record]) -> Iterable[Record]:
-    """One record per spec and device: the last that today's code made, or the last."""
+    """One record per spec and device: the last by today's code, or else the last."""
     chosen: dict[tuple[object, str], Record] = {}
     for record in found:
-        # What today's code does not know is told apart by its text.
+        # Specs that today's code does not know are told apart by their text.
         key = spec_of(record) or repr(record["spec"]), record["device"]
         if key not in chosen or is_current(record) or not is_current(chosen[key]):
             chosen[key] = record

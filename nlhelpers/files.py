@@ -1,7 +1,7 @@
-"""Images that stay in their files: read when they are needed, by several processes.
+"""Images that stay in their files and are read when needed, by several processes.
 
-`ImageFiles` stands where a tensor (N, C, H, W) of images stands elsewhere, for sets
-that no memory holds. Files are decoded a little ahead of whoever takes the images.
+`ImageFiles` takes the place of a tensor (N, C, H, W) of images, for sets too large for
+memory. Files are decoded a little ahead of whoever takes the images.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from nlhelpers.data import DataError
 CPU = torch.device("cpu")
 LAYOUT = torch.channels_last
 PIECE = 64  # files that a worker reads for one answer; few, to keep memory low
-FEW = 512  # files that are read here in less time than workers take to start
-# Kinds of pictures that are opened. PIL knows others, some of which start programs.
+FEW = 512  # files that are read here in less time than it takes to start workers
+# Kinds of pictures that are opened. PIL knows more, some of which start programs.
 FORMATS = ("JPEG", "PNG", "PPM", "GIF", "BMP", "WEBP", "TIFF")
 
 
@@ -41,20 +41,20 @@ class ImageFiles:
     `size`, and its centre is cut out, `size` by `size`. Predictions see the central
     window of `crop_to` pixels of that. In training, with `crop` pixels of border, the
     window moves by up to `crop` pixels each way: over the picture as far as it reaches,
-    and then over its mirrored border. So AlexNet's random windows are `size` 256,
-    `crop_to` 224 and `crop` 16.
+    then over its mirrored border. AlexNet's random windows, for example, are `size`
+    256, `crop_to` 224 and `crop` 16.
 
     Pictures are used as stored: a camera's note on which side is up is ignored.
 
     Attributes:
         root: folder that `names` are relative to.
         names: (N,) paths as bytes, padded to one length; any sequence of paths is
-            brought to that form. A million of 40 characters are 40 MB.
-        size: pixels of each side that are decoded.
-        crop_to: pixels of each side that a network sees; None is `size`.
+            converted to that form. A million of 40 characters take 40 MB.
+        size: pixels per side that are decoded.
+        crop_to: pixels per side that a network sees; None is `size`.
         device: where decoded images are delivered.
         workers: processes that decode; 0 decodes in this one, None is one per core,
-            or none where the files are few.
+            or none if there are few files.
     """
 
     root: Path
@@ -65,7 +65,7 @@ class ImageFiles:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        """Bring paths to one form; raise ValueError for sizes that make no picture."""
+        """Bring paths to one form; raise ValueError for sizes that make no sense."""
         crop_to = self.size if self.crop_to is None else self.crop_to
         if not 1 <= crop_to <= self.size:
             raise ValueError(
@@ -87,7 +87,7 @@ class ImageFiles:
 
     @property
     def ndim(self) -> int:
-        """4, as any images have."""
+        """4, as for any images."""
         return 4
 
     @property
@@ -134,18 +134,18 @@ class ImageFiles:
 
     @classmethod
     def __torch_function__(cls, function, types, given=(), options=None):
-        """`torch.cat` of sets of files is `batches.joined`; torch can do no more."""
+        """`torch.cat` of sets of files is `batches.joined`; no other function works."""
         if function is not torch.cat:
             return NotImplemented
         return functools.reduce(batches.joined, *given)
 
     def broken(self, *, thorough: bool = False) -> Tensor:
-        """Which files are missing, empty or no image: (N,) bool, on the CPU.
+        """Which files are missing, empty or not an image: (N,) bool, on the CPU.
 
         Args:
             thorough: decode every image; else only its header is read.
         """
-        pieces = torch.arange(len(self)).split(16 * PIECE)  # a header is read fast
+        pieces = torch.arange(len(self)).split(16 * PIECE)  # headers are read fast
         return torch.cat(list(self._each(Checking(self.root, thorough), pieces)))
 
     def _each(self, work: "Reading", pieces: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -161,7 +161,7 @@ class ImageFiles:
         results = DataLoader(
             work,
             sampler=names,
-            batch_size=None,  # a piece is whole as it is
+            batch_size=None,  # a piece is a batch already
             num_workers=workers,
             multiprocessing_context=context() if workers else None,
             pin_memory=self.device.type == "cuda",
@@ -174,16 +174,16 @@ class ImageFiles:
 
 
 def packed(names: Sequence[str | bytes | Path] | np.ndarray) -> np.ndarray:
-    """Paths as one array of bytes, which a process holds and pickles cheaply."""
+    """Paths as one array of bytes, which is cheap to hold and to pickle."""
     if isinstance(names, np.ndarray) and names.dtype.kind == "S":
         return names
     return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
 def cores() -> int:
-    """Cores that this process may use, shared with the others that train beside it.
+    """How many cores this process may use, shared with those that train beside it.
 
-    torchrun and our Dask workers say how many there are on this machine.
+    torchrun and our Dask workers say how many such processes this machine has.
     """
     able = getattr(os, "sched_getaffinity", None)
     count = len(able(0)) if able else os.cpu_count() or 1
@@ -192,10 +192,10 @@ def cores() -> int:
 
 @functools.cache
 def context() -> BaseContext:
-    """How workers start: from a small server, which has imported all they need.
+    """How workers start: from a small server that has imported all they need.
 
-    A fork of this process would be faster once, but its threads may leave a lock
-    behind that no one opens, and Python warns of it.
+    Forking this process would save time once, but its threads may leave behind a lock
+    that nobody releases, and Python warns of it.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -213,8 +213,8 @@ class Decoding:
 
     Attributes:
         root: folder of the files.
-        size: pixels of each side that are decoded.
-        side: pixels of each side that are kept, at the centre.
+        size: pixels per side that are decoded.
+        side: pixels per side that are kept, at the centre.
     """
 
     root: Path
@@ -222,7 +222,7 @@ class Decoding:
     side: int
 
     def __getitem__(self, names: np.ndarray) -> Tensor | DataError:
-        """(B, side, side, 3) uint8; an error is returned, as a traceback says less."""
+        """(B, side, side, 3) uint8; errors are returned, as a traceback says less."""
         result = np.empty((len(names), self.side, self.side, 3), np.uint8)
         start = (self.size - self.side) // 2
         inner = slice(start, start + self.side)
@@ -240,7 +240,7 @@ class Checking:
 
     Attributes:
         root: folder of the files.
-        thorough: decode the pictures, and not their headers only.
+        thorough: decode the pictures, instead of reading only their headers.
     """
 
     root: Path
@@ -252,7 +252,7 @@ class Checking:
         return torch.tensor(broken, dtype=torch.bool)
 
     def is_broken(self, path: str) -> bool:
-        """Whether it cannot be opened, or decoded if that is asked for."""
+        """Whether a file cannot be opened or, if `thorough`, decoded."""
         try:
             with opened(path) as image:
                 if self.thorough:
@@ -266,7 +266,7 @@ Reading = Decoding | Checking
 
 
 def paths(root: Path, names: np.ndarray) -> list[str]:
-    """Where the files are; plain text, as a million `Path` objects take a while."""
+    """Where the files are, as plain text: a million `Path` objects take a while."""
     folder = str(root)
     return [os.path.join(folder, os.fsdecode(name)) for name in names]
 
@@ -277,11 +277,12 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     Its shorter side is scaled to `size`, and its centre is cut out.
 
     Raises:
-        DataError: if the file is missing, damaged or too deep; the message names it.
+        DataError: if the file is missing or damaged, or has more than 8 bits a pixel
+            (see `opened`); the message names it.
     """
     with opened(path) as image:
-        # A large JPEG is decoded at a half or less of its size: much faster, and the
-        # same to the eye, as it stays twice as large as what is made of it.
+        # A large JPEG is decoded at half its size or less: much faster, and the same to
+        # the eye, as that is still twice as large as the picture made from it.
         image.draft(None, (2 * size, 2 * size))
         picture = image.convert("RGB")
         return np.asarray(ImageOps.fit(picture, (size, size), Resampling.BILINEAR))
@@ -289,33 +290,34 @@ def decode(path: str | Path, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """A picture, of which the header alone has been read.
+    """A picture, of which only the header has been read.
 
-    It is read by PIL: torchvision's own decoders are on their way out, and know fewer
+    It is read by PIL: torchvision's own decoders are being phased out, and know fewer
     kinds of JPEG.
 
     Raises:
-        DataError: if that fails, what is done with it does, or a pixel has more than 8
-            bits of grey, all of which PIL would turn white; the message names the file.
+        DataError: if opening the picture fails, or what is done with it, or if a pixel
+            has more than 8 bits of grey, all of which PIL would turn white; the message
+            names the file.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{path} has more than 8 bits a pixel (PIL's mode {image.mode}); "
-                    "convert it to 8 bits, or remove it, and from its list, if any"
+                    "convert it to 8 bits, or remove it, also from its list if any"
                 )
             yield image
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is missing; put it there, or take it out of its list, if any"
+            f"{path} is missing; put it there, or remove it from its list, if any"
         ) from error
     except Exception as error:  # PIL has a dozen ways to say that a file is damaged
         raise DataError(
-            f"{path} is damaged or no picture ({error}); put the right file there, or "
-            "remove it, and from its list, if any"
+            f"{path} is damaged or not a picture ({error}); put the right file "
+            "there, or remove it, also from its list if any"
         ) from error
 
 
@@ -331,7 +333,7 @@ def loader(
     What is drawn from the generator depends on the batches alone, not on how many
     workers there are: an epoch's indices are taken before the first file is read.
     """
-    # As many pixels as the moving window can reach; they lie around the centre.
+    # As many pixels as the moving window can reach, around the centre.
     side = min(images.size, images.crop_to + 2 * crop)
     start = (side - images.crop_to) // 2
     window = slice(start, start + images.crop_to)
@@ -353,6 +355,9 @@ def joined(first: ImageFiles, second: ImageFiles) -> ImageFiles:
     for name in ("root", "size", "crop_to"):
         one, other = getattr(first, name), getattr(second, name)
         if one != other:
-            raise ValueError(f"{name} is {one!r} and {other!r}; it must be the same")
+            raise ValueError(
+                f"{name} is {one!r} in one set and {other!r} in the other; it must be "
+                "the same in both"
+            )
     names = np.concatenate([first.names, second.names])
     return dataclasses.replace(first, names=names)

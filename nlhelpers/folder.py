@@ -1,9 +1,9 @@
-"""A folder of images of your own: in it, one folder of files for each class.
+"""A folder of your own images, with one folder of files in it for each class.
 
-An image's label is the name of the folder that it lies in, right or wrong. What has a
-name that begins with a dot does not count, as systems leave such things. Nobody knows
-the truth, so that validation and test images have labels as they were given, too: how
-often a network agrees with these says less than how often it is right.
+An image's label is the name of the folder that it is in, right or wrong. Names that
+begin with a dot are ignored, since systems leave such files behind. Nobody knows the
+truth, so the labels of validation and test images are as given, too: how often a
+network agrees with them says less than how often it is right.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from nlhelpers.data import UNKNOWN, DataError, NoisyData, Truth, data_root
 from nlhelpers.files import ImageFiles
 
 NAME = "folder"  # of the folder, under the data root
-HELD_OUT = 0.1  # share of the images for validation, and for the test
+HELD_OUT = 0.1  # share of the images for validation, and as much for the test
 
 
 def load(
@@ -36,22 +36,22 @@ def load(
 ) -> tuple[NoisyData, Truth]:
     """The images of a folder, divided at random; there is no clean set.
 
-    The true labels of the training and the validation images are UNKNOWN. `index` says
-    which of all images, in the order of their paths, those to train on are.
+    The true labels of the training and the validation images are UNKNOWN. `index` is
+    the position of each training image among all images in the order of their paths.
 
     Args:
         generator: a CPU generator; decides which image goes where.
         root: the folder of folders; None is "folder" under `data_root()`.
-        limit: use at most so many images in all; None is all of them.
+        limit: use at most this many images in all; None is all of them.
         size: as in `ImageFiles`.
         crop_to: as in `ImageFiles`.
-        clean_val: changes nothing here: there are no labels but the given ones.
+        clean_val: has no effect here: there are no labels but the given ones.
         thorough: decode each image to see whether it is damaged, which takes as long as
             an epoch; else only its header is read.
 
     Raises:
-        DataError: if there are not two classes with images, if they are fewer than ten,
-            or if more than 1 % of them are damaged.
+        DataError: if there are fewer than two classes, if one has no images, if there
+            are too few images to divide, or if more than 1 % of them are damaged.
     """
     root = folder(root)
     crawled.check_limit(limit)
@@ -79,7 +79,7 @@ def load(
 
 
 def folder(root: Path | None = None) -> Path:
-    """Where the images lie: `root`, or if that is None, below `data_root()`."""
+    """Where the images are: `root`, or if that is None, below `data_root()`."""
     return data_root() / NAME if root is None else Path(root)
 
 
@@ -90,7 +90,7 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
         root: as in `load`.
 
     Raises:
-        DataError: if there are not two of them.
+        DataError: if there are fewer than two of them.
     """
     root = folder(root)
     advice = (
@@ -106,18 +106,18 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
     found = [name for name in found if not name.startswith(".")]
     if len(found) < 2:
         raise DataError(
-            f"{root} has {len(found)} of the two or more folders it needs; {advice}"
+            f"{root} has {len(found)} folders and needs two or more; {advice}"
         )
     return tuple(found)
 
 
 def fingerprint(root: Path | None = None) -> str:
-    """A hash of the names and sizes of all files: with others, the numbers are others.
+    """A hash of the names and sizes of all files: other files give other numbers.
 
     Links are followed, as they are when the images are listed.
 
     Args:
-        root: as in `load`; it need not be there.
+        root: as in `load`; it need not exist.
     """
     root = folder(root)
     walked = os.walk(root, followlinks=True)
@@ -130,7 +130,7 @@ def fingerprint(root: Path | None = None) -> str:
 def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """Paths of all images below the folders, with their labels, sorted.
 
-    Files of other kinds are passed over.
+    Files of other kinds are skipped.
 
     Raises:
         DataError: if a folder has no image.
@@ -148,5 +148,5 @@ def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def hidden(path: Path, root: Path) -> bool:
-    """Whether a file, or a folder above it below the root, begins with a dot."""
+    """Whether a name on the path from the root to a file begins with a dot."""
     return any(name.startswith(".") for name in path.relative_to(root).parts)

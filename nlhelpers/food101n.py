@@ -1,9 +1,9 @@
 """Food-101N: photographs of 101 dishes from the web, about a fifth of them mislabelled.
 
-Of 310,009 images the class label is the name of their folder, which is noisy. Of 57,609
-a person said whether it is right (Lee et al. 2018). The test set is that of Food-101
-(Bossard et al. 2014), which has the same classes. Both are read in the layout that they
-unpack to. A key is the path of an image under its set's `images/`.
+The class label of 310,009 images is the name of their folder, which is noisy. For
+57,609, a person said whether it is right (Lee et al. 2018). The test set is that of
+Food-101 (Bossard et al. 2014), which has the same classes. Both are read in the layout
+that they unpack to. A key is the path of an image under its set's `images/`.
 """
 
 import dataclasses
@@ -44,30 +44,31 @@ def load(
 ) -> tuple[NoisyData, Truth]:
     """Food-101N as Lee et al. (2018) divide it, and the test set of Food-101.
 
-    Trained on is the whole list, less the images verified for validation. The clean
-    set are those verified for training; they stay in the training set too. Validated is
-    on those verified for validation whose label is right. A label that was found right
-    is both the given and the true one; where it was found wrong, the true one is
-    UNKNOWN.
+    The training set is the whole list without the images verified for validation. The
+    clean set is the images verified for training; they stay in the training set too.
+    Validation uses the images verified for it whose label is right. A label that was
+    found right is both the given and the true one; where it was found wrong, the true
+    one is UNKNOWN.
 
-    All images are looked at first. If a few are missing or damaged, the rest is used,
-    and one warning tells of them. So it is with verified images that are not listed.
+    All files are examined first. If a few are missing or damaged, the others are used,
+    and one warning reports them. The same goes for verified images that are not listed.
 
     Args:
         generator: a CPU generator; decides which images are used, if `limit` is set.
         root: the folder that holds `Food-101N_release` and `food-101`; None is
             `data_root()`.
-        limit: use at most so many images of each of the four lists; None is all.
+        limit: use at most this many images of each of the four lists; None is all.
         size: as in `ImageFiles`.
         crop_to: as in `ImageFiles`.
-        clean_val: changes nothing here: the true labels of the validation images are
-            the given ones.
+        clean_val: has no effect here: the true labels of the validation images are the
+            given ones.
         thorough: decode each image to see whether it is damaged, which takes as long as
             an epoch; else only its header is read.
 
     Raises:
-        DataError: if a set is missing, if a list is malformed, or if more than 1 % of
-            the images are missing or damaged, or of a verified list are not listed.
+        DataError: if a set is missing, if a list is malformed, if more than 1 % of the
+            images are missing or damaged, or if more than 1 % of a verified list are
+            not listed.
     """
     root = folder(root)
     crawled.check_limit(limit)
@@ -85,8 +86,8 @@ def load(
     }
     right = [verified[CLEAN][key] for key in divided[CLEAN]]
     parts[CLEAN] = true_only_where(torch.tensor(right, dtype=bool), parts[CLEAN])
-    # Were those of the noisy images known that were verified right, and no others, the
-    # noise would look absent.
+    # If the truth were known only for noisy images that were verified right, there
+    # would seem to be no noise.
     parts[NOISY] = true_only_where(torch.tensor(False), parts[NOISY])
     tested = read_labels(root / TEST, classes)
     names = [f"{TEST_IMAGES}{key}.jpg" for key in tested]
@@ -98,7 +99,7 @@ def load(
 
 
 def folder(root: Path | None = None) -> Path:
-    """Where both sets lie: `root`, or if that is None, `data_root()`."""
+    """Where both sets are: `root`, or if that is None, `data_root()`."""
     return data_root() if root is None else Path(root)
 
 
@@ -132,7 +133,7 @@ def check_layout(root: Path) -> None:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a list without its header, each after the place where it stands."""
+    """The lines of a list without its header, each preceded by where it was found."""
     for number, line in enumerate(crawled.read_lines(path), start=1):
         if number > 1 or not line.startswith(HEADER):
             yield f"{path}, line {number}", line
@@ -142,7 +143,7 @@ def read_labels(path: Path, classes: Sequence[str]) -> dict[str, int]:
     """The class label of each key in a list.
 
     Raises:
-        DataError: if a line is no key, or there is none.
+        DataError: if a line is not a key, or there are no lines.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     rows = read_rows(path)
@@ -174,12 +175,12 @@ def read_verified(path: Path, classes: Sequence[str]) -> dict[str, bool]:
                 "further up; delete the wrong one of the two lines"
             )
     if not any(verified.values()):
-        raise DataError(f"{path} finds no label right; put the published file there")
+        raise DataError(f"{path} marks no label as right; put the published file there")
     return verified
 
 
 def class_of(key: str, classes: Container[str], where: str) -> str:
-    """The class in a key; `where` it stands begins the message if it is none."""
+    """The class in a key; if there is none, the error message begins with `where`."""
     name, _, image = key.partition("/")
     if not name or not image or "/" in image:
         raise DataError(
@@ -197,7 +198,7 @@ def class_of(key: str, classes: Container[str], where: str) -> str:
 def check_lists(
     root: Path, listed: Container[str], verified: Mapping[str, Mapping[str, bool]]
 ) -> None:
-    """Warn of verified keys that are not listed; raise DataError if they are many.
+    """Warn of verified keys that are not listed; raise DataError if there are many.
 
     The published lists do not agree on the class of every image.
     """
@@ -216,9 +217,9 @@ def check_lists(
 def divide(
     listed: Mapping[str, int], verified: Mapping[str, Mapping[str, bool]]
 ) -> dict[str, list[str]]:
-    """The keys of the training, the clean and the validation images, by their list.
+    """The keys of the training, clean and validation images, by their list.
 
-    What was verified for validation is in no other part, be its label right or wrong.
+    Images verified for validation are in no other part, be their label right or wrong.
     """
     train = [key for key in listed if key not in verified[VAL]]
     checked = [key for key in verified[CLEAN] if key in listed]
@@ -231,11 +232,11 @@ def divide(
 
 
 def as_part(images: ImageFiles, labels: Iterable[int]) -> Part:
-    """Images of a list, their labels taken for true."""
+    """Images of a list, with their labels taken to be true."""
     labels = torch.tensor(list(labels))
     return Part(images, given=labels, true=labels, index=torch.arange(len(labels)))
 
 
 def true_only_where(known: Tensor, part: Part) -> Part:
-    """A part whose true labels are UNKNOWN but where `known`, (N,) or () bool, says."""
+    """A part whose true labels are UNKNOWN except where `known`, (N,) or () bool."""
     return dataclasses.replace(part, true=part.true.where(known, UNKNOWN))

@@ -25,7 +25,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Floats (N, C, H, W) in [-1, 1] as bytes, the way back."""
+    """Floats (N, C, H, W) in [-1, 1] as bytes: the inverse of `to_unit`."""
     return images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -70,10 +70,10 @@ class Discriminator(nn.Sequential):
 
 
 class ImageGenerator(nn.Sequential):
-    """The discriminator turned round: z (N, 100) to images (N, C, H, W).
+    """The discriminator in reverse: from z (N, 100) to images (N, C, H, W).
 
-    Batch normalisation after every layer but the last, as in DCGAN. The paper names the
-    transposed convolutions alone; but if the linear layers have none, every z soon
+    Batch normalisation follows every layer but the last, as in DCGAN. The paper names
+    only the transposed convolutions; but if the linear layers have none, every z soon
     gives the same image.
     """
 
@@ -138,7 +138,7 @@ class Players(nn.Module):
 
 
 def noise(count: int, generator: Generator) -> Tensor:
-    """Z (count, 100), uniform in [-1, 1], on the generator's device."""
+    """Random z (count, 100), uniform in [-1, 1], on the generator's device."""
     shape = count, NOISE
     return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
 
@@ -169,7 +169,7 @@ def normalisation(name: str) -> Callable[[nn.Module], nn.Module]:
 
 
 def started(layer: nn.Module) -> nn.Module:
-    """A layer with DCGAN's initial weights."""
+    """Give a layer DCGAN's initial weights, and return it."""
     nn.init.normal_(layer.weight, std=STD)
     nn.init.zeros_(layer.bias)
     return layer

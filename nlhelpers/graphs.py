@@ -1,12 +1,13 @@
 """A training step as one CUDA graph, from the forward pass to the update.
 
-A step of a small network is some thirty kernels of a few microseconds, and to start
-them from Python takes many times as long. Here the first batch of an epoch is a step as
-anywhere, the second one is recorded, and all others replay the record with one call.
+A step of a small network is some thirty kernels of a few microseconds each, and
+starting them from Python takes many times as long. Here the first batch of an epoch is
+an ordinary step, the second one is recorded, and all others replay the recording with
+one call.
 
-What is recorded are kernels and the addresses that they use. A step may change tensors
-that it knows; but whatever else it reads, like a number or the learning rate, stays as
-it was when it was recorded, and is to change between epochs only.
+Kernels are recorded, and the addresses that they use. A step may change tensors that it
+knows; but whatever else it reads, like a number or the learning rate, stays as it was
+at the recording, and may change between epochs only.
 """
 
 import functools
@@ -20,13 +21,13 @@ Whole = Callable[..., Tensor]
 
 
 def used_on(device: torch.device) -> bool:
-    """Whether steps are recorded: on a GPU that one process alone trains on."""
+    """Whether steps are recorded: on a GPU, unless several processes train together."""
     together = distributed.is_available() and distributed.is_initialized()
     return device.type == "cuda" and not together
 
 
 class Recorded:
-    """A step that is taken as it is, then recorded, then replayed."""
+    """A step that is first taken as it is, then recorded, then replayed."""
 
     def __init__(self, whole: Whole) -> None:
         """Keep the step; nothing is recorded yet."""
@@ -34,7 +35,7 @@ class Recorded:
         self.anew()
 
     def anew(self) -> None:
-        """Of the calls that follow, the first is as it is and the second recorded."""
+        """Start again: the next call is taken as it is, the one after it recorded."""
         self.replay: Whole | None = None
         self.shapes: list[torch.Size] = []
 
@@ -50,11 +51,11 @@ class Recorded:
 
 
 def record(whole: Whole, inputs: tuple[Tensor, ...]) -> Whole:
-    """A function that does the same work as one CUDA graph.
+    """A function that does the work of `whole` as one CUDA graph.
 
     Args:
-        whole: what to record; recording does not do it.
-        inputs: such as the function will be given, (B, ...) each.
+        whole: what to record; recording does not carry it out.
+        inputs: like those that the function will be given, (B, ...) each.
     """
     held = [tensor.clone() for tensor in inputs]
     graph, room = torch.cuda.CUDAGraph(), room_on(held[0].device)
@@ -80,10 +81,10 @@ class Room:
     """Where a process records on a device: a stream, and memory for all its graphs."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take both; on the default stream nothing can be recorded."""
+        """Reserve both; on the default stream nothing can be recorded."""
         self.stream = torch.cuda.Stream(device)
         self.memory = torch.cuda.graph_pool_handle()
-        self.latest: torch.cuda.CUDAGraph | None = None  # it keeps the memory
+        self.latest: torch.cuda.CUDAGraph | None = None  # keeps the memory alive
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Many runs: what is not recorded yet, one after the other or on many workers.
+"""Many runs: those not recorded yet, one after the other or on many workers.
 
-Workers come through Dask's `distributed`, if it is installed: those of this machine, or
-of any scheduler. A worker returns its record; only this process writes.
+Workers come from Dask's `distributed`, if it is installed: those of this machine, or of
+any scheduler. A worker returns its record; only this process writes.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 WAIT = 10  # seconds for a scheduler to answer
-EPOCHS = Epoch, Auxiliary  # what moves the bar
-ALONE = threading.Lock()  # a run draws from torch's generators, which a process shares
+EPOCHS = Epoch, Auxiliary  # what moves the progress bar
+ALONE = threading.Lock()  # runs draw from torch's generators, one set per process
 
-# Dask looks after its workers up to a hundred times a second, and each look takes the
-# interpreter from a run of small steps: a tenth of the time in all. Once a second is
-# enough. And a worker that died while it trained is started again, however long it
-# takes: by itself, Dask gives it up after 15 seconds.
+# Dask checks its workers up to a hundred times a second, and each check takes the
+# interpreter away from a run of small steps: a tenth of the time in all. Once a second
+# is enough. And a worker that died while it trained is started again, however long that
+# takes: by default, Dask gives up on it after 15 seconds.
 UNDISTURBED = {
     "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.monitor-interval": "1s",
@@ -47,20 +47,20 @@ UNDISTURBED = {
     "distributed.deploy.lost-worker-timeout": "1 day",
 }
 
-# Runs with what came of them. What a method refuses, or what takes one worker after
-# the other down, leaves no record but an exception, a ValueError or a GridError.
+# Runs with what came of them. A run that a method refuses, or that takes down one
+# worker after another, leaves no record but an exception: a ValueError or a GridError.
 Outcomes = Iterator[tuple[Spec, Record | Exception]]
 
 
 class GridError(RuntimeError):
-    """Runs of a grid failed, of which the message names one, or all that are left.
+    """Runs of a grid failed: some, of which the message names one, or all those left.
 
     What was recorded stays, and the same command goes on with the rest.
     """
 
 
 def grid(base: Spec, **values: Iterable[object]) -> list[Spec]:
-    """Every combination of `values` (a field's name = its values), the last fastest."""
+    """Every combination of `values` (field name = its values), the last one fastest."""
     names = list(values)
     return [
         dataclasses.replace(base, **dict(zip(names, choice, strict=True)))
@@ -76,7 +76,7 @@ def run_all(
     time_budget: float | None = None,
     client: "Client | None" = None,
 ) -> list[Record]:
-    """Run what is not recorded yet, append each record to `path`, return them all.
+    """Run what is not yet recorded, append each record to `path`, return them all.
 
     Under torchrun, all processes train each run together, and the first records it.
 
@@ -84,19 +84,19 @@ def run_all(
         specs: the runs; those in `path` that today's code made are not repeated, nor
             are those that it had to stop.
         path: a .jsonl file.
-        device: to train on, or its name, as in `training.pick_device`; of workers, each
-            takes its own of this kind.
+        device: to train on, or its name, as in `training.pick_device`; with workers,
+            each takes its own of this kind.
         time_budget: seconds after which no further run is started.
-        client: of a Dask scheduler, on whose workers the runs go; None is here, one
+        client: of a Dask scheduler on whose workers to run; None runs them here, one
             after the other.
 
     Returns:
         The records of `specs` in their order, as far as they exist.
 
     Raises:
-        GridError: in the end, if runs failed, now or as `path` says; at once, if the
+        GridError: at the end, if runs failed, now or as `path` says; at once, if the
             scheduler is lost or a worker has other code or no such device.
-        ValueError: of a single run that is refused.
+        ValueError: if there is one run only, and it is refused.
     """
     specs = list(specs)
     if client is None:
@@ -145,19 +145,19 @@ def run_all(
 
 
 def fetch(todo: list[Spec]) -> None:
-    """Download what is not there of the runs' data, before several processes would."""
+    """Download what is missing of the runs' data, before several processes would."""
     for name in {spec.dataset for spec in todo} - CRAWLED_SETS.keys():
         experiments.load(name)
 
 
 def remember_code(todo: list[Spec]) -> None:
-    """Read the code behind runs now, as imported: it may change while they go."""
+    """Read the code behind the runs now, as imported: it may change while they run."""
     for spec, kind in itertools.product(todo, ("cpu", "cuda")):
         experiments.code(spec, kind)
 
 
 def say(bar: tqdm, text: str) -> None:
-    """Write a line above the bar; of several processes, the first does."""
+    """Write a line above the bar; of several processes, only the first does."""
     if training.is_first():
         bar.write(text)
 
@@ -169,8 +169,8 @@ def check_all_ended(
 
     Args:
         found: records of runs, in `path`, stopped ones among them.
-        failed: runs without a record; if one was all there was and it was refused, that
-            error is raised.
+        failed: runs without a record; if there was one run only and it was refused,
+            that error is raised.
         path: a .jsonl file.
     """
     stopped = {spec: run["stopped"] for spec, run in found.items() if "stopped" in run}
@@ -181,7 +181,7 @@ def check_all_ended(
     if count == 1 and isinstance(why, ValueError):
         raise why
     if spec in stopped:
-        why += f"; {path} says so, and without that line it is tried again"
+        why += f"; {path} says so: delete that line to try the run again"
     several = f"{len(failed) + len(stopped)} of {count} runs failed, the others are "
     several += "recorded; the first: "
     message = f"{several if count > 1 else ''}{spec}: {why}"
@@ -220,7 +220,7 @@ def in_turn(
 
 
 def progress_bar(todo: list[Spec], shown: bool) -> tqdm:
-    """A bar of epochs; what remains is told from the mean of all so far."""
+    """A bar of epochs; the time left is estimated from the mean of all so far."""
     total = sum(map(expected_epochs, todo))
     return tqdm(total=total, unit="epoch", disable=not todo or not shown, smoothing=0)
 
@@ -252,12 +252,12 @@ def workers(
 ) -> Iterator["Client | None"]:
     """A Dask client: of `count` processes here, or of the scheduler at an address.
 
-    None if neither is asked for, and, with a word about it, if Dask is not installed.
-    Processes here that share a GPU, the device, use it side by side.
+    None if neither is asked for, and, with a message, if Dask is not installed.
+    Processes here that share a GPU as their device use it side by side.
 
     Raises:
-        ValueError: if both are asked for, the count is not above 0, no scheduler
-            answers, or all this is within torchrun.
+        ValueError: if both are asked for, the count is below 1, no scheduler answers,
+            or this runs under torchrun.
     """
     if count is None and scheduler is None:
         yield None
@@ -303,7 +303,7 @@ def workers(
 
 @contextlib.contextmanager
 def unchanged_environment() -> Iterator[None]:
-    """Take back what Dask sets here too when it sets variables for its processes."""
+    """Undo what Dask also sets here when it sets variables for its processes."""
     before = dict(os.environ)
     try:
         yield
@@ -316,20 +316,20 @@ def environment(count: int, more: dict[str, str]) -> dict[str, object]:
     """What Dask is told about the processes of this machine.
 
     Args:
-        count: of them; they share what threads this one has.
+        count: how many there are; they share the threads that this one has.
         more: environment variables.
     """
     threads = max(1, torch.get_num_threads() // count)
     return {
-        # Instead of Dask's own, by which malloc gives memory back at every step and MKL
+        # Instead of Dask's own, with which malloc returns memory at every step and MKL
         # has one thread. For a GPU, each compiles in as many processes.
         "distributed.nanny.pre-spawn-environ": {
             "OMP_NUM_THREADS": threads,
             "TORCHINDUCTOR_COMPILE_THREADS": threads,
-            "LOCAL_WORLD_SIZE": count,  # as torchrun says it; see `files.cores`
+            "LOCAL_WORLD_SIZE": count,  # as torchrun sets it; see `files.cores`
             **more,
         },
-        "distributed.worker.daemon": False,  # it may have processes that read images
+        "distributed.worker.daemon": False,  # it may start processes that read images
     }
 
 
@@ -340,10 +340,10 @@ def connected(scheduler: str) -> Iterator["Client"]:
 
     try:
         client = distributed.Client(scheduler, timeout=WAIT)
-    # A server of another kind can make it a MemoryError, "tls://" a TypeError.
+    # Another kind of server can cause a MemoryError, and "tls://" a TypeError.
     except (OSError, ValueError, TypeError, MemoryError) as error:
-        # Dask closes what failed to connect when that is collected, and hangs if this
-        # is while another client starts. So it is now.
+        # Dask closes what failed to connect when that is garbage-collected, and hangs
+        # if this happens while another client starts. So it is collected now.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
         raise ValueError(
@@ -363,8 +363,8 @@ def on_workers(
 ) -> Outcomes:
     """As many runs at once as there are workers, in the order in which they end.
 
-    A run whose worker is lost is done again by another one: Dask sees to it. While no
-    worker is there, one run waits for the first.
+    A run whose worker is lost is done again by another one: Dask sees to that. While
+    there is no worker, one run waits for the first.
     """
     from distributed import as_completed
 
@@ -409,7 +409,7 @@ def places(client: "Client") -> int:
 def run_here(spec: Spec, device: str, topic: str) -> Record:
     """A run in a worker's own process, on its own device of a kind.
 
-    Its epochs are told under the topic, by the key that the scheduler has for the run.
+    Its epochs are logged under the topic, with the scheduler's key for the run.
 
     Raises:
         GridError: if this worker has no such device.
@@ -440,8 +440,8 @@ def outcome_of(future: "Future") -> Record | Exception:
     """The record of a run, or why it has none: it was refused, or it killed workers.
 
     Raises:
-        GridError: for what concerns other runs, too.
-        Exception: what else a worker raises.
+        GridError: for what concerns other runs too.
+        Exception: whatever else a worker raises.
     """
     from distributed import CancelledError, KilledWorker
 
@@ -450,24 +450,24 @@ def outcome_of(future: "Future") -> Record | Exception:
     except ValueError as refused:
         return refused
     except (torch.OutOfMemoryError, MemoryError) as short:
-        return GridError(f"{short}; fewer workers need less memory")
+        return GridError(f"{short}; use fewer workers")
     except KilledWorker as killed:
         return GridError(
-            f"{killed.allowed_failures + 1} workers in a row died of it, as they do "
-            "where memory is short; fewer workers need less of it"
+            f"{killed.allowed_failures + 1} workers in a row died of it, as happens "
+            "when memory is short; use fewer workers"
         )
     except CancelledError as lost:
         raise GridError(
-            "the scheduler is gone; the same command goes on with another one"
+            "the scheduler is gone; run the command again with another to do the rest"
         ) from lost
     if not experiments.is_current(record):
         if record["spec"]["dataset"] == folder.NAME:
             return GridError(
                 f"the images in {folder.folder()} are not those that it was trained "
-                "on; leave them as they are while runs go, and alike on all machines"
+                "on; do not change them during runs, and have the same on all machines"
             )
         raise GridError(
-            f"a worker returned a record by other code ({record['source']}, commit "
-            f"{record['commit']}) than runs here; bring all workers to one commit"
+            f"a worker returned a record made by other code ({record['source']}, "
+            f"commit {record['commit']}) than is here; bring all workers to one commit"
         )
     return record

@@ -1,11 +1,13 @@
-"""The losses of `losses` for a GPU: a Triton kernel forward, and one backward.
+"""The losses of `losses` for a GPU: one Triton kernel forward and one backward.
 
-For logits by the million, of which a loss should cost no more than to read and write
-them; what torch's compiler makes of `losses` takes up to seven times as long. For the
-small batches of this book's networks it starts fewer kernels, so training uses those.
+They are for logits by the million, whose loss should cost no more than reading and
+writing them; what torch's compiler makes of `losses` takes up to seven times as long.
+For the small batches of this book's networks the compiler starts fewer kernels, so
+training uses `losses`.
 
 A program has a tile of (rows, parts, columns): a row of K logits is cut into parts of
-so many columns. That way few lanes share a row, and each reduces most of it by itself.
+that many columns. That way few lanes share a row, and each does most of the reduction
+by itself.
 """
 
 import math
@@ -38,7 +40,7 @@ def top_of(x):
 
 @triton.jit
 def wide(row):
-    """A number of each row as a tile."""
+    """A number for each row, as a tile."""
     return row[:, None, None]
 
 
@@ -51,9 +53,9 @@ def expm1(x):
 
 @triton.jit
 def reduced(x, given, chosen, inside, w, a, b, K: tl.constexpr, LOSS: tl.constexpr):
-    """Of each row the loss, the largest logit, 1 / sum exp(x - it), and one more.
+    """For each row the loss, the largest logit, 1 / sum exp(x - it), and one more.
 
-    What the last is depends on the loss: `slope` has the use of it. Where no softmax is
+    What the last one is depends on the loss; `slope` uses it. Where no softmax is
     taken, only the loss counts.
     """
     if LOSS == "unhinged":
@@ -114,7 +116,7 @@ def of_softmax(x, given, inside, w, a, b, K: tl.constexpr, LOSS: tl.constexpr):
 
 @triton.jit
 def slope(x, chosen, w, top, scale, more, a, K: tl.constexpr, LOSS: tl.constexpr):
-    """The loss's derivative by x; `top`, `scale` and `more` are from `reduced`."""
+    """The derivative of the loss at x; `top`, `scale`, `more` come from `reduced`."""
     y = tl.where(chosen, 1.0, 0.0)
     z = x - top
     p = tl.exp(z) * scale
@@ -216,9 +218,9 @@ def slopes_kernel(
     PARTS: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """The gradient of some rows; it reduces them anew, which moves no more bytes.
+    """The gradient of some rows; it reduces them again, which moves no more bytes.
 
-    With SWAP, lanes exchange what they have, so that a store is in one piece.
+    With SWAP, lanes exchange what they hold, so that a store is in one piece.
     """
     first, n, exists, at, inside, chosen, x, given, w = tile_of(
         logits, labels, table, N, K, LOSS, ROWS, COLUMNS, PARTS
@@ -238,7 +240,7 @@ def slopes_kernel(
 def tile(logits: Tensor) -> dict[str, int]:
     """The tile of a program, for logits (N, K): what both kernels are given.
 
-    A lane loads at most 16 bytes at once, and has about 32 logits of a row.
+    A lane loads at most 16 bytes at once, and holds about 32 logits of a row.
     """
     K, size = logits.shape[1], logits.element_size()
     whole = triton.next_power_of_2(K)
@@ -257,10 +259,10 @@ def loss_values(
     """A loss per example.
 
     Args:
-        logits: (N, K), contiguous; computed with in float32, whatever they are.
+        logits: (N, K), contiguous; computations are in float32, whatever their type.
         labels: (N,) int64 in 0 .. K - 1.
         table: (K, K), contiguous: log T transposed for "forward", T^-1 for "backward".
-        loss: what `reduced` knows.
+        loss: one of those that `reduced` knows.
         a: parameter of the loss.
         b: parameter of the loss.
 
@@ -289,7 +291,7 @@ def loss_slopes(
     a: float,
     b: float,
 ) -> Tensor:
-    """The gradient by the logits, where that by each loss is `above`, (N,)."""
+    """The gradient for the logits, given `above` (N,), the gradient for each loss."""
     N, K = logits.shape
     slopes, shape = torch.empty_like(logits), tile(logits)
     read = logits if table is None else table

@@ -26,9 +26,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.compiler.substitute_in_graph(cross_entropy)
 def compiled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`cross_entropy` as `torch.compile` sees it: of torch's it makes two kernels.
+    """`cross_entropy` as `torch.compile` sees it: it makes two kernels of torch's own.
 
-    The numbers are the same to the last bit, the gradient's too.
+    The numbers are the same to the last bit, and so are those of the gradient.
 
     Args:
         logits: (N, K), any float type.
@@ -44,9 +44,9 @@ def compiled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of K binary cross-entropies, each class against the others, per example.
 
-    As in Ding et al. (2018), section 3.1. That positives weigh K - 1 times as much is
-    ours: in balanced data they are as many times rarer than negatives. So a classifier
-    says yes where a class is more probable than 1 / K, and not only from 1/2 on.
+    As in Ding et al. (2018), section 3.1, but for the weight of K - 1 on positives,
+    which is ours: in balanced data they are K - 1 times rarer than negatives. So a
+    classifier says yes where a class is more probable than 1 / K, not only from 1/2 on.
 
     Args:
         logits: (N, K); column k is the binary classifier of class k.
@@ -92,16 +92,16 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of those values (N,) that are chosen, (N,) bool: one at least.
+    """Mean of the values (N,) that are chosen, (N,) bool; at least one must be.
 
     Unlike `values[chosen].mean()` it has static shapes, which a compiled step needs.
     """
     return (values * chosen).sum() / chosen.sum()
 
 
-# Losses that are said to bear noise. Of the first three, Ding et al. (2018) quote the
-# numbers that the program of Patrini et al. (2017) gave; their y_k of the classes that
-# are not the label is 0 there, and -1 in the papers that the losses are from.
+# Losses that are said to tolerate noise. For the first three, Ding et al. (2018) quote
+# the numbers that the program of Patrini et al. (2017) gave. There, y_k of the classes
+# other than the label is 0; in the papers that the losses come from, it is -1.
 
 
 def unhinged(logits: Tensor, labels: Tensor, others: float = 0.0) -> Tensor:
@@ -110,7 +110,7 @@ def unhinged(logits: Tensor, labels: Tensor, others: float = 0.0) -> Tensor:
     Args:
         logits: o, (N, K).
         labels: (N,) int64 in 0 .. K - 1.
-        others: y_k of the classes that are not the label; it is 1 of the label. With
+        others: y_k of the classes other than the label, whose own y_k is 1. With
             -1 / (K - 1), the sum over all labels is the same for all o.
 
     Returns:
@@ -139,7 +139,7 @@ def savage(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, K), of which p is the softmax.
-        labels: (N,) int64 in 0 .. K - 1; y_k is 1 of the label and 0 of the others.
+        labels: (N,) int64 in 0 .. K - 1; y_k is 1 for the label and 0 for the others.
 
     Returns:
         (N,), at most 1 / 4.
@@ -149,12 +149,12 @@ def savage(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def signs(logits: Tensor, labels: Tensor, others: float) -> Tensor:
-    """The y_k: 1 of the label and `others` of all other classes, (N, K)."""
+    """The y_k (N, K): 1 for the label and `others` for all other classes."""
     return torch.where(is_label(logits, labels), 1.0, others).to(logits.dtype)
 
 
 def is_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which class is the label, (N, K) bool; it fuses where a one-hot code does not."""
+    """Which class is the label, (N, K) bool; unlike a one-hot code, this fuses."""
     return labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
 
 
@@ -164,7 +164,7 @@ def bootstrap_soft(logits: Tensor, labels: Tensor, beta: float = 0.95) -> Tensor
     Args:
         logits: (N, K), of which p is the softmax; the target has gradients too.
         labels: (N,) int64 in 0 .. K - 1.
-        beta: what the given label counts.
+        beta: weight of the given label.
 
     Returns:
         (N,), in nats.
@@ -175,14 +175,14 @@ def bootstrap_soft(logits: Tensor, labels: Tensor, beta: float = 0.95) -> Tensor
 
 
 def bootstrap_hard(logits: Tensor, labels: Tensor, beta: float = 0.8) -> Tensor:
-    """Beta times the given label's cross-entropy, the rest that of the predicted one.
+    """Beta times the given label's cross-entropy, 1 - beta times the predicted one's.
 
     Reed et al. (2015), section 3.2.
 
     Args:
         logits: (N, K).
         labels: (N,) int64 in 0 .. K - 1.
-        beta: what the given label counts.
+        beta: weight of the given label.
 
     Returns:
         (N,), in nats.
@@ -212,7 +212,7 @@ def symmetric_cross_entropy(
     beta: float = 1.0,
     A: float = -4.0,
 ) -> Tensor:
-    """Alpha times cross-entropy and beta times its reverse (Wang et al. 2019, Eq. 7).
+    """Alpha times cross-entropy plus beta times its reverse (Wang et al. 2019, Eq. 7).
 
     The reverse, -sum_k p_k log y_k with A for log 0, is -A (1 - p_y). The paper's A is
     -4; the authors' code has log 0.0001, which is -9.2.
@@ -233,8 +233,8 @@ def symmetric_cross_entropy(
 
 # Losses that are corrected by T (Patrini et al. 2017)
 
-# Their program keeps probabilities above this. Here it does so where a term of the
-# backward loss is negative: that loss has no lower bound otherwise.
+# Their program keeps probabilities above this. Here that is done where a term of the
+# backward loss is negative: otherwise that loss has no lower bound.
 SMALLEST = 1e-7
 
 
@@ -258,7 +258,7 @@ def forward(logits: Tensor, labels: Tensor, transition: Tensor) -> Tensor:
 def backward(logits: Tensor, labels: Tensor, inverse: Tensor) -> Tensor:
     """Cross-entropies of all labels, weighted by a row of T^-1, per example.
 
-    Theorem 1 of Patrini et al. (2017): over noisy labels its mean is the clean loss.
+    Theorem 1 of Patrini et al. (2017): its mean over noisy labels is the clean loss.
 
     Args:
         logits: (N, K).

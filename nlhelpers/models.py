@@ -29,8 +29,8 @@ class Dropout(nn.Dropout):
     """`nn.Dropout`, faster on a CPU: its draws are a fifth of a small network's step.
 
     A unit is kept if a number from [0, 1) with 53 bits is below 1 - p. torch 2.15 draws
-    and compares one after the other; to draw all and then compare gives the same units
-    in two thirds of the time. Other devices draw as torch does.
+    and compares them one by one; drawing all and then comparing gives the same units in
+    two thirds of the time. Other devices draw as torch does.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class ResidualUnit(nn.Module):
 class ResNet(nn.Sequential):
     """6n + 2 layers for small images, widths 16-32-64 (He et al. 2016, section 4.2).
 
-    Ding et al. (2018) take theirs from Patrini et al. (2017), whose program of today
+    Ding et al. (2018) take theirs from Patrini et al. (2017), whose present program
     normalises before a convolution and has shortcuts with 1 x 1 convolutions.
     """
 
@@ -165,8 +165,8 @@ class CaffeQuick(nn.Sequential):
     """Caffe's "CIFAR-10 quick": three 5x5 convolutions and two linear layers.
 
     Widths 32-32-64-64-K, Gaussian weights of the published standard deviations, pixels
-    from 0 to 255 less their mean (Jia et al. 2014; used by the code that the authors of
-    Xiao et al. 2015 published).
+    from 0 to 255 minus their mean (Jia et al. 2014; used by the code that the authors
+    of Xiao et al. 2015 published).
     """
 
     def __init__(self, shape: torch.Size, num_classes: int) -> None:
@@ -244,12 +244,12 @@ def he_normal(module: nn.Module) -> None:
 
 
 def mlp(shape: torch.Size, num_classes: int, dropout: float | None) -> MLP:
-    """The MLP for images of `shape` (C, H, W); dropout 0.2 unless told."""
+    """The MLP for images of `shape` (C, H, W); dropout is 0.2 by default."""
     return MLP(shape.numel(), num_classes, 0.2 if dropout is None else dropout)
 
 
 def resnet14(shape: torch.Size, num_classes: int, dropout: float | None) -> ResNet:
-    """The 14-layer ResNet for images of `shape` (C, H, W); no dropout unless told."""
+    """The 14-layer ResNet for images of `shape` (C, H, W); no dropout by default."""
     return ResNet(shape[0], num_classes, dropout=dropout or 0.0)
 
 
@@ -261,7 +261,7 @@ def caffe_quick(
 
 
 def deep_mnist(shape: torch.Size, num_classes: int, dropout: float | None) -> DeepMnist:
-    """The tutorial's network for images of `shape`; dropout 0.5 unless told."""
+    """The tutorial's network for images of `shape`; dropout is 0.5 by default."""
     return DeepMnist(shape, num_classes, 0.5 if dropout is None else dropout)
 
 
@@ -274,7 +274,7 @@ def resnet50(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.M
 
 
 def alexnet(shape: torch.Size, num_classes: int, dropout: float | None) -> nn.Module:
-    """AlexNet from torchvision, without weights; dropout 0.5 unless told."""
+    """AlexNet from torchvision, without weights; dropout is 0.5 by default."""
     check_colour("alexnet", shape)
     if min(shape[1:]) < 63:
         raise ValueError(
@@ -311,12 +311,12 @@ def build(
 ) -> Network:
     """Build a network for `images`, on their device.
 
-    Noise and dropout own no parameters, so weights move freely between a network with
-    and one without them.
+    Noise and dropout have no parameters, so weights move freely between a network with
+    them and one without.
 
     Args:
         name: a key of MODELS.
-        images: (N, C, H, W) uint8; give the shape, the mean and the device.
+        images: (N, C, H, W) uint8; they give the shape, the mean and the device.
         num_classes: K.
         noise_std: of the Gaussian noise layer on the input.
         dropout: probability of dropping a unit; None is the network's own default.

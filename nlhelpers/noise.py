@@ -2,7 +2,7 @@
 
 A transition matrix T (K, K) is row-stochastic: T[i, j] = p(noisy label j | true i).
 A noise rate is the probability that a label is *changed*; symmetric noise spreads it
-over the other K - 1 classes (some later code lets a label change into itself: this
+over the other K - 1 classes (some later code lets a label change into itself; this
 does not).
 
 Xiao et al. (2015) write it the other way round: their confusion matrix C (K, K) is
@@ -79,7 +79,7 @@ def check_transition(transition: Tensor, num_classes: int | None = None) -> Tens
 
 
 def symmetric(noise_rate: float, num_classes: int) -> Tensor:
-    """T (K, K) float64 that changes a label with `noise_rate` to any other class."""
+    """T (K, K) float64 that changes a label into any other class, at `noise_rate`."""
     rate = check_rate(noise_rate)
     transition = torch.full(
         (num_classes, num_classes), rate / (num_classes - 1), dtype=torch.float64
@@ -88,7 +88,7 @@ def symmetric(noise_rate: float, num_classes: int) -> Tensor:
 
 
 def asymmetric(noise_rate: float, paths: Mapping[int, int], num_classes: int) -> Tensor:
-    """T (K, K) float64 that turns class a into paths[a] with `noise_rate`."""
+    """T (K, K) float64 that turns class a into paths[a], at `noise_rate`."""
     rate = check_rate(noise_rate)
     transition = torch.eye(num_classes, dtype=torch.float64)
     for source, target in paths.items():
@@ -133,7 +133,7 @@ def corrupt(labels: Tensor, transition: Tensor, generator: torch.Generator) -> T
     transition = check_transition(transition)
     labels = check_labels(labels, len(transition))
     cumulative = transition.cumsum(dim=1)
-    cumulative = (cumulative / cumulative[:, -1:])[:, :-1]  # of a sum of exactly 1
+    cumulative = (cumulative / cumulative[:, -1:])[:, :-1]  # sums are exactly 1
     uniform = torch.rand(len(labels), 1, generator=generator, dtype=torch.float64)
     return (uniform >= cumulative[labels]).sum(dim=1)
 
@@ -144,10 +144,10 @@ def confuse(
     """Draw noisy labels (N,) int64 that depend on the image, not on its class alone.
 
     The half of the images that look most like another class, by their distance to the
-    classes' mean images, gets three in four of the wrong labels, and those are that
-    other class's. (From a rate of 2/3 on all of its labels are wrong.) In the clearer
-    half, wrong labels are pure random. It is our own noise, for methods that ask which
-    images are confusing (Xiao et al. 2015).
+    classes' mean images, gets three in four of the wrong labels, each of them that of
+    the other class. (From a rate of 2/3 on, all of its labels are wrong.) In the
+    clearer half, wrong labels are pure random. This noise is our own, for methods that
+    ask which images are confusing (Xiao et al. 2015).
 
     Args:
         images: (N, C, H, W) uint8.
@@ -189,9 +189,9 @@ def estimate_transition(
 def anchor_transition(probs: Tensor, percentile: float = 97.0) -> Tensor:
     """T (K, K) float64 read off a network that has learnt the noisy labels.
 
-    Of an image that is surely of class i the network says T[i] (Patrini et al. 2017,
-    Eq. 12 and 13). For each class that image is taken whose probability of the class
-    lies at the percentile; 100 takes the most probable one, which may be an outlier.
+    For an image that is surely of class i, the network predicts T[i] (Patrini et al.
+    2017, Eq. 12 and 13). For each class, the image is taken whose probability of it is
+    at the percentile; 100 takes the most probable one, which may be an outlier.
 
     Args:
         probs: P(noisy label | x), (N, K).
@@ -205,7 +205,7 @@ def anchor_transition(probs: Tensor, percentile: float = 97.0) -> Tensor:
     return probs[anchors] / probs[anchors].sum(dim=1, keepdim=True)
 
 
-CONDITION = 1e6  # of T, from which its inverse says nothing
+CONDITION = 1e6  # condition number of T from which on its inverse says nothing
 
 
 def inverse(transition: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def inverse(transition: Tensor) -> Tensor:
 def random_confusion(
     noise_rate: float, num_classes: int, generator: torch.Generator
 ) -> Tensor:
-    """T (K, K) float64 that changes a label to others with random, unequal shares.
+    """T (K, K) float64 that changes a label to others in random, unequal shares.
 
     The noise of the CIFAR-10 protocol that the authors of Xiao et al. (2015) published
     with their code: uniform random numbers, normalised to the rate.
@@ -249,8 +249,8 @@ def estimate_confusion(
     this is counting, sorting and sums: O(N + K^2) after the sort.
 
     Since Eq. 9 picks the better explanation for every label, it takes the rarer of two
-    confusions for chance where classes are few: of 6 classes, a label confused 70 to 30
-    with two gives C = 1 for the first, with any number of pairs.
+    confusions for chance where there are few classes: with 6 classes, a label confused
+    70 to 30 with two of them gives C = 1 for the first, however many pairs there are.
 
     Args:
         noisy_labels: (N,) int64.
@@ -280,7 +280,7 @@ def estimate_confusion(
 
 
 def check_confusion(confusion: Tensor, num_classes: int) -> Tensor:
-    """Return C as float64, or raise ValueError if no confused label could follow it.
+    """Return C as float64, or raise ValueError if it cannot be a confusion matrix.
 
     Args:
         confusion: (K, K); entries in [0, 1], zero diagonal, columns sum to 1.
@@ -316,7 +316,7 @@ NOISE_FREE, RANDOM, CONFUSING = range(3)  # z of Xiao et al. (2015), section 3
 def noise_types(
     noisy_labels: Tensor, true_labels: Tensor, confusion: Tensor | None
 ) -> Tensor:
-    """Z (N,) int64 of pairs of labels: NOISE_FREE, RANDOM or CONFUSING.
+    """The z (N,) int64 of pairs of labels: NOISE_FREE, RANDOM or CONFUSING.
 
     A wrong label is confused where C explains it better than chance does (Xiao et al.
     2015, theorem 2). Without C there are no confused labels.

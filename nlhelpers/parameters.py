@@ -1,8 +1,8 @@
 """The check behind every notebook's parameter cell.
 
 papermill only warns when a parameter has a name that the notebook does not know, and
-runs the notebook with its default. Here such a name, or a bad value, stops the notebook
-in the cell after its parameters.
+then runs the notebook with its defaults. Here such a name, or a bad value, stops the
+notebook in the cell after its parameters.
 """
 
 import ast
@@ -58,13 +58,13 @@ def check(**values: object) -> Parameters:
     """Check the values of a notebook's parameter cell.
 
     Args:
-        values: every parameter of the notebook by its name: fields of
-            `Spec`, and of `methods` (a list of names), `num_seeds` (how
-            many seeds to run, from `seed` on), `device` ("auto", "cpu" or "cuda") and
-            `records_file` (where to append records).
+        values: every parameter of the notebook by its name: fields of `Spec`, and
+            `methods` (a list of names), `num_seeds` (how many seeds to run, from `seed`
+            on), `device` ("auto", "cpu" or "cuda") and `records_file` (where to append
+            records).
 
     Raises:
-        ValueError: for a wrong value, or for a name that papermill was given and the
+        ValueError: for a wrong value, or for a name that papermill was given but the
             notebook does not have; the message says what is allowed.
         RecordError: if `records_file` cannot be written.
     """
@@ -94,7 +94,7 @@ def check(**values: object) -> Parameters:
 
 
 def listed(what: str, values: object) -> list:
-    """Return a list with something in it, or raise ValueError."""
+    """Return the values as a list, or raise ValueError if there are none."""
     if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
         raise ValueError(
             f"{what} is {values!r}; it must be a list with at least one entry (with "
@@ -104,7 +104,7 @@ def listed(what: str, values: object) -> list:
 
 
 def injected() -> list[str]:
-    """Names that papermill has set in this notebook; [] outside of papermill.
+    """Names that papermill has set in this notebook; [] without papermill.
 
     papermill puts its values into a cell of their own, which starts with a fixed
     comment and has run by the time of the check.

@@ -1,8 +1,8 @@
 """Networks that do not start from random weights.
 
-Where torchvision has weights of ImageNet, those. The small networks have none; they
-start from a stand-in that needs no label either: telling by how much an image was
-turned (Gidaris et al. 2018).
+Where torchvision has ImageNet weights, those are taken. The small networks have none;
+they start from a stand-in that needs no labels either: telling by how much an image was
+rotated (Gidaris et al. 2018).
 """
 
 from collections.abc import Generator, Iterator
@@ -24,10 +24,10 @@ IMAGENET = {
 
 
 def pretrained(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Network]:
-    """A network for the data whose layers, but for the last, have been trained.
+    """A network for the data, with all layers but the last pretrained.
 
     Raises:
-        DataError: if the weights of ImageNet cannot be downloaded.
+        DataError: if the ImageNet weights cannot be downloaded.
     """
     if setup.model in IMAGENET:
         return imagenet(data, setup)
@@ -36,7 +36,7 @@ def pretrained(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Netw
 
 
 def imagenet(data: NoisyData, setup: Setup) -> Network:
-    """The network with torchvision's weights of ImageNet (Deng et al. 2009)."""
+    """The network with torchvision's ImageNet weights (Deng et al. 2009)."""
     network = setup.build(data)
     published = torchvision.models.get_weight(IMAGENET[setup.model])
     try:
@@ -52,7 +52,7 @@ def imagenet(data: NoisyData, setup: Setup) -> Network:
 
 
 def rotation(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Network]:
-    """Train to tell turns of 0, 90, 180 and 270 degrees apart, on all noisy images."""
+    """Train on all noisy images to tell turns of 0, 90, 180 and 270 degrees apart."""
     turner = setup.build(replace(data, num_classes=4))
 
     def turned(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,12 +84,12 @@ def rotation(data: NoisyData, setup: Setup) -> Generator[Auxiliary, None, Networ
 
 @dataclass(frozen=True)
 class Begun(Setup):
-    """A setup whose networks start from all layers of another one but the last."""
+    """A setup whose networks start from all but the last layer of another network."""
 
     start: Network
 
     def build(self, data: NoisyData, **perturbation) -> Network:
-        """A network for the data, as `Setup.build` gives it but for its weights."""
+        """A network for the data, as from `Setup.build` except for its weights."""
         network = super().build(data, **perturbation)
         transfer(self.start.body.state_dict(), network.body)
         return network
@@ -98,7 +98,7 @@ class Begun(Setup):
 def begun(
     data: NoisyData, setup: Setup, start_pretrained: bool
 ) -> Generator[Auxiliary, None, Setup]:
-    """The setup whose networks start pretrained, if they shall; trains one for all."""
+    """A setup whose networks start pretrained, if asked for; one is trained for all."""
     if not start_pretrained:
         return setup
     start = yield from pretrained(data, setup)
@@ -106,7 +106,7 @@ def begun(
 
 
 def transfer(weights: dict[str, Tensor], body: nn.Module) -> None:
-    """Load all layers of the body but the last, which has a task of its own."""
+    """Load weights into all layers of the body but the last, which has its own task."""
     own = body.state_dict()
     linear = [n for n, layer in body.named_modules() if isinstance(layer, nn.Linear)]
     last = {f"{linear[-1]}.{kind}" for kind in ("weight", "bias")}

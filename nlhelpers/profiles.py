@@ -1,4 +1,4 @@
-"""How long and on how much a run trains: smoke, quick, paper.
+"""How long and on how much data a run trains: smoke, quick, paper.
 
 `smoke` takes seconds and is for tests. `quick` takes minutes on two CPU cores and is
 what the book runs. `paper` has the paper's own epochs and sizes.
@@ -26,10 +26,10 @@ RESNET = Recipe(
     flip=True,
 )
 
-# The solvers in the code that the authors of Xiao et al. (2015) published: for CIFAR-10
-# 4,000 steps at the first rate of 5,000 or 6,000 in all, for Clothing1M 50,000 of the
-# 100,000 of a first stage. There all methods have this one, and ours goes through the
-# images 16 times.
+# The solvers in the code that the authors of Xiao et al. (2015) published: for
+# CIFAR-10, 4,000 of 5,000 or 6,000 steps are at the first rate; for Clothing1M, 50,000
+# of the 100,000 of a first stage. There all methods have this one, and ours goes
+# through the images 16 times.
 CAFFE_QUICK = Recipe(
     epochs=12,
     batch_size=100,
@@ -42,7 +42,7 @@ CAFFE_QUICK = Recipe(
 )
 CLOTHING1M = replace(CAFFE_QUICK, epochs=16, batch_size=256, weight_decay=5e-4)
 
-# Chiaroni et al. (2019), section 3.1; they name no batch size. The rate stays.
+# Chiaroni et al. (2019), section 3.1; they name no batch size. The rate never falls.
 DEEP_MNIST = Recipe(
     epochs=25, batch_size=128, optimiser="adam", learning_rate=1e-4, patience=25
 )
@@ -71,9 +71,9 @@ QUICK = {
     "alexnet": 2,
     "resnet50": 3,
 }
-QUICK_FOLDER = 20  # of any model, as a folder of one's own may hold few images
+QUICK_FOLDER = 20  # of any model, as a folder of your own may hold few images
 
-# Pixels of each side that a network sees of a photograph.
+# Pixels per side that a network sees of a photograph.
 PIXELS = dict.fromkeys(RECIPES, 32) | {"alexnet": 224, "resnet50": 224}
 
 DEFAULT_MODELS = {
@@ -88,7 +88,7 @@ DEFAULT_MODELS = {
 
 
 def recipe(dataset: str, model: str, profile: str) -> Recipe:
-    """The training recipe of a profile; names are taken as checked by `Spec`."""
+    """The training recipe of a profile; `Spec` is taken to have checked the names."""
     paper = RECIPES[model]
     if dataset == "folder":
         return of_folder(model, profile)
@@ -108,22 +108,22 @@ def recipe(dataset: str, model: str, profile: str) -> Recipe:
 
 
 def of_folder(model: str, profile: str) -> Recipe:
-    """The recipe of a folder of one's own, which may hold few images."""
+    """The recipe for a folder of your own, which may hold few images."""
     paper = replace(RECIPES[model], batch_size=32, crop=0, flip=False)
-    if PIXELS[model] > 32:  # who takes these networks has photographs
+    if PIXELS[model] > 32:  # whoever takes these networks has photographs
         crop = PIXELS[model] // 14
         paper = replace(FOOD101N, batch_size=32, crop=crop, flip=True)
     if profile == "smoke":
         return replace(shortened(paper, 2), limit=600)
-    if profile == "quick":  # of all images: any may be wrong
+    if profile == "quick":  # on all images: any label may be wrong
         return shortened(paper, min(QUICK_FOLDER, paper.epochs))
     return paper
 
 
 def upsampled(model: str, profile: str, num_images: int) -> Recipe:
-    """The recipe of a task whose few images are repeated to many (`binary`).
+    """The recipe for a task whose few images are repeated to make many (`binary`).
 
-    More images than a profile has rows for are all taken, once each.
+    If there are more images than a profile has rows, all are taken, once each.
     """
     recipe = replace(RECIPES[model], crop=0, flip=False)
     if profile == "smoke":

@@ -1,12 +1,12 @@
 """Class prototypes, and labels corrected by them (Han et al. 2019).
 
-Symbols: G(x) = deep features, m = images that are sampled of a class, S = their
-similarities (m, m), S_c = the similarity from which two images are neighbours, rho =
+Symbols: G(x) = deep features, m = images that are sampled from a class, S = their
+similarities (m, m), S_c = the similarity from which on two images are neighbours, rho =
 density, eta = similarity to denser images, p = prototypes of a class, sigma = mean
 similarity of an image to the prototypes of a class.
 
-Similarities are computed so that no order of summation can change a bit of them: see
-`on_grid`. Selection therefore gives the same prototypes however its work is cut up.
+Similarities are computed so that the order of summation cannot change a bit of them:
+see `on_grid`. Selection therefore gives the same prototypes however its work is split.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +29,12 @@ BINS = 2**16
 def deep_features(
     model: nn.Module, images: Tensor, batch_size: int = 2000
 ) -> Iterator[Tensor]:
-    """G(x), what the last linear layer is given: (B, d) float32 for each batch.
+    """G(x), the input of the last linear layer: (B, d) float32 for each batch.
 
     Args:
         model: a network whose last linear layer gives the logits.
         images: (N, C, H, W) uint8.
-        batch_size: images at a time; no more features than these are held.
+        batch_size: images at a time; features of no more than these are held.
     """
     *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     given: list[Tensor] = []
@@ -57,8 +57,8 @@ def deep_features(
 def on_grid(x: Tensor) -> Tensor:
     """Round to multiples of 2^-26, as float64.
 
-    Of rows no longer than 1, every sum of products is then a multiple of 2^-52 below 1:
-    float64 holds it exactly, in any order.
+    For rows no longer than 1, every sum of products is then a multiple of 2^-52 below
+    1: float64 holds it exactly, in any order.
     """
     return (x * GRID).round() / GRID
 
@@ -93,9 +93,9 @@ class Similarities:
     Attributes:
         between: gives the similarities of some rows of `x` to all of them.
         x: (m, d) float64.
-        smallest: that `between` can give.
-        largest: that `between` can give.
-        tile_bytes: that one tile may take.
+        smallest: lowest similarity that `between` can give.
+        largest: highest similarity that `between` can give.
+        tile_bytes: how many bytes one tile may take.
     """
 
     between: Callable[[Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ class Similarities:
 
     @cached_property
     def whole(self) -> Tensor:
-        """The matrix (m, m), kept for the next time that it is asked for."""
+        """The matrix (m, m), kept for the next time it is asked for."""
         return self.between(self.x, self.x)
 
 
@@ -131,9 +131,9 @@ def cosine(features: Tensor, tile_bytes: int = TILE_BYTES) -> Similarities:
 
 
 def euclidean(features: Tensor, tile_bytes: int = TILE_BYTES) -> Similarities:
-    """Euclidean distances between features (m, d), with the sign turned round.
+    """Euclidean distances between features (m, d), with the opposite sign.
 
-    In units of the largest norm.
+    They are in units of the largest norm.
     """
     x = features.double()
     x = on_grid(x / checked_norms(x).amax())
@@ -146,9 +146,9 @@ def euclidean(features: Tensor, tile_bytes: int = TILE_BYTES) -> Similarities:
 
 
 def cutoff(S: Similarities, top: float) -> float:
-    """S_c: about so large that a share `top` of all similarities is larger.
+    """S_c, such that about a share `top` of all similarities is larger.
 
-    Rounded down to a 65,536th of their range, so that one pass over S is enough.
+    It is rounded down to a 65,536th of their range, so that one pass over S is enough.
     """
     low, high = S.smallest, S.largest
     counts = [tile.clamp(low, high).histc(BINS, low, high).cpu() for tile in S]
@@ -192,7 +192,7 @@ class Rule:
     eta: float = 0.95
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that leaves no neighbours, or all."""
+        """Raise ValueError for a value that makes no or all images neighbours."""
         if self.S_c is not None and not -1 < self.S_c < 1:
             raise ValueError(f"S_c is {self.S_c!r}; it must be in (-1, 1), or None")
         if not 0 < self.top < 1:
@@ -206,7 +206,7 @@ def by_density(
 ) -> Tensor:
     """The p densest images that are not close to a denser one: indices (p,).
 
-    If fewer than p are, those least close to a denser one follow.
+    If there are fewer than p, those least close to a denser one follow.
     """
     S = cosine(features)
     S_c = cutoff(S, rule.top) if rule.S_c is None else rule.S_c
@@ -228,7 +228,7 @@ def by_euclidean_density(
     is the distance to the nearest denser one.
     """
     S = euclidean(features)
-    rho = (density(S, cutoff(S, top=0.02)) + len(S)) / 2  # of signs: how many are +1
+    rho = (density(S, cutoff(S, top=0.02)) + len(S)) / 2  # how many signs are +1
     delta = -nearest_denser(S, rho)
     return (rho * delta).argsort(descending=True, stable=True)[:p]
 
@@ -249,7 +249,7 @@ SELECTORS = ("density", "euclidean", "k-means++")
 
 
 def selector(name: str) -> Selector:
-    """A selector of the slides' Table 4 by its name; ValueError for another name."""
+    """A selector of the slides' Table 4 by its name; ValueError if there is none."""
     match name:
         case "density":
             return by_density
@@ -290,7 +290,7 @@ def sampled(
 def class_directions(prototypes: Iterable[Tensor]) -> Tensor:
     """The mean of the directions of each class's prototypes (p, d): (K, d) float32.
 
-    The product of a direction with it is sigma, the mean of p cosines.
+    Its product with a direction is sigma, the mean of p cosines.
     """
     return torch.stack([directions(x).mean(dim=0) for x in prototypes]).float()
 

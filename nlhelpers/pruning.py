@@ -1,4 +1,4 @@
-"""Rank Pruning: which of two labels to doubt (Northcutt, Wu and Chuang 2017).
+"""Rank Pruning: which binary labels to doubt (Northcutt, Wu and Chuang 2017).
 
 Symbols: s = the label as given, y = the true one, both 1 or 0; P, N = the examples with
 s = 1 and s = 0 (the paper writes them with a tilde); g = P(s=1|x), predicted by a
@@ -6,8 +6,8 @@ classifier that was trained on other examples; rho_1 = P(s=0|y=1), rho_0 = P(s=1
 pi_1 = P(y=0|s=1), pi_0 = P(y=1|s=0). All arrays are numpy's; s is (N,) bool.
 
 This is Algorithm 1 as printed. The authors' program differs: it estimates the rates in
-each fold and takes the mean, leaves ten examples of a label at least, and forces rates
-that cannot be right into [0, 1), where this raises an error.
+each fold and takes the mean, keeps at least ten examples of a label, and forces rates
+that cannot be right into [0, 1), where this module raises an error.
 """
 
 import math
@@ -34,10 +34,10 @@ class Pruned(NamedTuple):
     """What `prune` finds.
 
     Attributes:
-        rho_1: share of the truly 1 that are labelled 0.
-        rho_0: share of the truly 0 that are labelled 1.
-        pi_1: share of the labelled 1 that are truly 0.
-        pi_0: share of the labelled 0 that are truly 1.
+        rho_1: share of the examples truly 1 that are labelled 0.
+        rho_0: share of the examples truly 0 that are labelled 1.
+        pi_1: share of the examples labelled 1 that are truly 0.
+        pi_0: share of the examples labelled 0 that are truly 1.
         kept: (N,) bool.
         weights: (N,), for the loss of those that are kept.
     """
@@ -65,7 +65,7 @@ def prune(
         rho_0: in [0, 1), if known.
 
     Raises:
-        ValueError: if g is no probability, or if the rates cannot be right.
+        ValueError: if g is not a probability, or if the rates cannot be right.
     """
     g = check_probabilities(g, len(s))
     if rho_1 is None or rho_0 is None:
@@ -83,8 +83,8 @@ def prune(
 def noise_rates(g: np.ndarray, s: np.ndarray) -> tuple[float, float]:
     """rho_1 and rho_0 by confident counts: both below 1, as no denominator is 0.
 
-    Who is at least as sure of 1 as the mean of P counts as y = 1; who is at most as
-    sure as the mean of N counts as y = 0.
+    An example whose g is at least the mean g of P counts as y = 1; one whose g is at
+    most the mean g of N counts as y = 0.
 
     Args:
         g: (N,).
@@ -98,7 +98,7 @@ def noise_rates(g: np.ndarray, s: np.ndarray) -> tuple[float, float]:
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean that rounding does not take beyond the values, should all be the same."""
+    """Mean that rounding cannot take beyond the values, even if all are the same."""
     return float(np.clip(values.mean(), values.min(), values.max()))
 
 
@@ -131,7 +131,7 @@ def confident(g: np.ndarray, s: np.ndarray, pi_1: float, pi_0: float) -> np.ndar
     """Leave out a share pi_1 of P, least g first, and pi_0 of N, greatest g first.
 
     Returns:
-        (N,) bool: which are kept, one of each label at least.
+        (N,) bool: which are kept, at least one of each label.
     """
     kept = np.empty(len(s), dtype=bool)
     kept[s] = all_but_least(g[s], pi_1)
@@ -140,10 +140,10 @@ def confident(g: np.ndarray, s: np.ndarray, pi_1: float, pi_0: float) -> np.ndar
 
 
 def all_but_least(scores: np.ndarray, share: float) -> np.ndarray:
-    """Which scores stay if `share` of them goes, the least first: (n,) bool.
+    """Which scores stay if a `share` of them goes, the lowest first: (n,) bool.
 
-    Their number is rounded down. Of scores that are the same all stay or all go, so
-    that fewer may go: where the paper cuts, what equals the threshold stays.
+    The number that go is rounded down. Equal scores all stay or all go, so fewer may
+    go: where the paper cuts, what equals the threshold stays.
     """
     # A product of 0.29 and 100 may miss 29 by the last bit.
     k = min(math.floor(share * len(scores) + 1e-9), len(scores) - 1)
@@ -153,7 +153,7 @@ def all_but_least(scores: np.ndarray, share: float) -> np.ndarray:
 def weights(s: np.ndarray, rho_1: float, rho_0: float) -> np.ndarray:
     """1 / (1 - rho_1) for s = 1 and 1 / (1 - rho_0) for s = 0: (N,).
 
-    Of the truly 1 a share of 1 - rho_1 is in P, so that they count in full again.
+    A share of 1 - rho_1 of those truly 1 is in P; weighted, they count in full again.
     """
     return np.where(s, 1 / (1 - rho_1), 1 / (1 - rho_0))
 
@@ -167,15 +167,15 @@ def splits(
     groups: np.ndarray | None = None,
     seed: int | np.random.RandomState | None = None,
 ) -> Splits:
-    """Who is trained on and who is held out, fold by fold: pairs of indices.
+    """Which examples to train on and which to hold out, by fold: pairs of indices.
 
-    The labels are spread over the folds as evenly as can be.
+    The labels are spread over the folds as evenly as possible.
 
     Args:
         s: (N,) bool.
         folds: at least 2.
         groups: (N,), such as copies of one image, which must not be divided.
-        seed: of the order.
+        seed: for the order.
 
     Raises:
         ValueError: if there are too few examples or groups.
@@ -229,9 +229,9 @@ class RankPruning(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             estimator: has `predict_proba`, and a `fit` that takes `sample_weight`;
                 None is LogisticRegression.
             cv: number of folds.
-            rho_1: in [0, 1), if known; None is to estimate it.
-            rho_0: in [0, 1), if known; None is to estimate it.
-            random_state: of the folds.
+            rho_1: in [0, 1), if known; None estimates it.
+            rho_0: in [0, 1), if known; None estimates it.
+            random_state: for the folds.
         """
         self.estimator = estimator
         self.cv = cv
@@ -250,13 +250,13 @@ class RankPruning(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
         Args:
             X: (N, ...), what the estimator takes.
-            y: (N,), labels of two kinds, as given.
+            y: (N,), labels of two classes, as given.
             groups: (N,), examples that must stay in one fold, such as copies.
             held_out: (N,), probability of the second class by a classifier that never
-                saw the example; None is to predict it by cross-validation.
+                saw the example; None predicts it by cross-validation.
 
         Raises:
-            ValueError: for other input, or if the noise rates cannot be right.
+            ValueError: for invalid input, or if the noise rates cannot be right.
         """
         estimator = check_takes_weights(self._estimator())
         check_rates(self.rho_1 or 0, self.rho_0 or 0)
@@ -311,7 +311,7 @@ class RankPruning(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
 
 def check_probabilities(g: Sequence, count: int) -> np.ndarray:
-    """Return g as (N,) float64, or raise ValueError unless it is probabilities."""
+    """Return g as (N,) float64, or raise ValueError unless it holds probabilities."""
     g = np.asarray(g, dtype=np.float64)
     if g.shape != (count,):
         raise ValueError(
@@ -343,7 +343,7 @@ def check_rates(rho_1: float, rho_0: float) -> None:
 
 
 def check_takes_weights(estimator: BaseEstimator) -> BaseEstimator:
-    """Return the estimator, or raise ValueError unless it can weigh examples."""
+    """Return the estimator, or raise ValueError unless it can weight examples."""
     if not has_fit_parameter(estimator, "sample_weight"):
         raise ValueError(
             f"estimator is {estimator!r}, whose fit takes no sample_weight; use a "

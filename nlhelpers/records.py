@@ -89,7 +89,7 @@ def check_writable(path: Path) -> None:
 
 
 def _lock(file: int, path: Path) -> None:
-    """Have an open file alone until it is closed; others wait for their turn."""
+    """Lock an open file until it is closed; others wait for their turn."""
     try:
         flock(file, LOCK_EX)
     except OSError as error:
@@ -103,7 +103,7 @@ def read(path: Path) -> list[Record]:
     """All records of a .jsonl file, or of all such files in a folder; [] if none.
 
     Raises:
-        RecordError: for a line that is no record; it names the file and the line.
+        RecordError: for a line that is not a record; it names the file and the line.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -174,7 +174,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout this package runs from; None outside of one."""
+    """The commit of the checkout this package runs from; None outside one."""
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")  # not in somebody else's
         return _git("rev-parse", "HEAD")

@@ -1,8 +1,9 @@
 """How relevant an image is to a class, learned from verified labels (Lee et al. 2018).
 
-CleanNet knows a class by a set of reference features. Attention makes one vector of
-them, an encoder makes one of an image, and their cosine is the relevance. It learns
-from labels that somebody verified, and a little from its own belief about the others.
+CleanNet knows a class by a set of reference features. Attention turns them into one
+vector, an encoder turns an image into another, and their cosine is the relevance. It
+learns from labels that somebody verified, and a little from its own belief about the
+others.
 
 Symbols: v = features of an image, V = reference features of the classes, m = how many
 a class has, phi_s = the vector of a class, phi_q = the vector of an image, h = hidden
@@ -29,18 +30,18 @@ from nlhelpers.training import Auxiliary, Setup
 
 SIZE = 128  # of phi_s and phi_q
 # Food-101N has verified labels to learn from and others to validate with; here this
-# share of the clean set is left out for that.
+# share of the clean set is held out to validate with.
 HELD_OUT = 1 / 5
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What CleanNet learns by; ValueError for a value that makes no sense.
+    """How CleanNet learns; ValueError for a value that makes no sense.
 
     Attributes:
         m: reference features of a class.
-        margin: the cosine up to which a wrong label costs nothing, and from which one
-            that nobody verified is taken for right.
+        margin: the cosine up to which a wrong label costs nothing, and from which on
+            one that nobody verified is taken to be right.
         beta: weight of the reconstruction error.
         gamma: weight of the labels that nobody verified.
     """
@@ -99,7 +100,7 @@ class CleanNet(nn.Module):
 
 
 def tanh(inputs: int, outputs: int) -> nn.Sequential:
-    """A linear layer and tanh; Xavier's weights and no bias to begin with."""
+    """A linear layer and tanh, with Xavier's weights and zero biases to begin with."""
     linear = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -116,7 +117,7 @@ def references(
 
     Args:
         v: (N, d) float32, of length 1.
-        y: (N,) int64, as given; every class has one.
+        y: (N,) int64, as given; every class occurs.
         num_classes: K.
         m: how many stand for a class.
         generator: decides where K-means starts.
@@ -130,7 +131,7 @@ def references(
 
 
 def centres(v: Tensor, m: int, seed: int) -> Tensor:
-    """The m centres (m, d) of features v (n, d); all n in turn if they are no more."""
+    """The m centres (m, d) of features v (n, d); if n <= m, all n in turn."""
     if len(v) <= m:
         return v[torch.arange(m, device=v.device) % len(v)]
     x = prototypes.on_grid(v.double())  # whose sums are the same in any order
@@ -149,9 +150,9 @@ def learn(
     rule: Rule,
     setup: Setup,
 ) -> Generator[Auxiliary, None, tuple[Tensor, Tensor]]:
-    """Train CleanNet. An epoch sees as many images that nobody verified as there are.
+    """Train CleanNet; an epoch sees as many unverified images as there are.
 
-    The features take the place of images, which need no other training loop.
+    The features take the place of images, so no other training loop is needed.
 
     Args:
         v: (M + N, d) float32, of length 1: M verified images, then N others.
@@ -159,7 +160,7 @@ def learn(
         right: (M,) bool, whether the given labels of the verified images are right.
         num_classes: K.
         rule: number of references, and the loss.
-        setup: of whose recipe it takes the number of epochs.
+        setup: its recipe gives the number of epochs.
 
     Returns:
         cos (M + N,) of all images, and tau (a scalar), tuned on what was held out.
@@ -205,7 +206,7 @@ def learn(
 def label_loss(cos: Tensor, l: Tensor, omega: float, rule: Rule) -> Tensor:  # noqa: E741
     """The cosine loss of verified labels; gamma times that of believed ones, (N,).
 
-    Where nobody verified a label, what CleanNet believes now stands for it.
+    Where nobody verified a label, what CleanNet believes at present takes its place.
 
     Args:
         cos: (N,), relevance of an image to its label.
@@ -227,16 +228,16 @@ def divided(M: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def imbalance(right: Tensor) -> float:
-    """Omega: how many right labels there are for a wrong one; 1 without both kinds.
+    """Omega: how many right labels there are per wrong one; 1 without both kinds.
 
-    The authors' code has 5, on Food-101N, where about a fifth of the labels is wrong.
+    The authors' code has 5, on Food-101N, where about a fifth of the labels are wrong.
     """
     count, wrong = int(right.sum()), int((~right).sum())
     return count / wrong if count and wrong else 1.0
 
 
 def for_clean_net(setup: Setup) -> Setup:
-    """As many epochs as the recipe has, with the optimiser of the authors' code.
+    """The setup with the optimiser of the authors' code; it keeps its epochs.
 
     Their rate falls after half of the steps.
     """
@@ -256,7 +257,7 @@ def for_clean_net(setup: Setup) -> Setup:
 
 
 def threshold(cos: Tensor, right: Tensor) -> Tensor:
-    """The tau, one of cos (N,), that decides most often as right (N,) bool; scalar.
+    """The tau (a scalar), one of cos (N,), that most often agrees with right (N,) bool.
 
     Of several, the lowest.
     """

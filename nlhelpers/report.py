@@ -1,4 +1,4 @@
-"""Measured beside published: tables of records, and the parts of the figures."""
+"""Measured beside published values: tables of records, and parts of the figures."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,8 @@ MEASURED = (
 RUN = ("row", "column", "profile", "device", "seed", "value")
 STOP = ("row", "column", "profile", "device", "seed", "why")
 GAINS = ("column", "over", "gain", "std", "seeds", "profile", "device")
-OTHER_CODE = "†"  # marks a value that other code than today's has measured
-AIRY = [  # of a table whose cells hold several lines: they wrap, and keep apart
+OTHER_CODE = "†"  # marks a value measured by code other than today's
+AIRY = [  # for a table whose cells hold several lines: they wrap, with space between
     {"selector": "caption", "props": "caption-side: top; font-weight: bold"},
     {"selector": "th, td", "props": "white-space: normal; padding: 0.25em 0.6em"},
     {"selector": "td", "props": "min-width: 6.5em; text-align: left; line-height: 1.4"},
@@ -39,7 +39,7 @@ AIRY = [  # of a table whose cells hold several lines: they wrap, and keep apart
 
 
 def style() -> None:
-    """Make all figures of a notebook look like those of the others."""
+    """Make the figures of all notebooks look alike."""
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.6),
@@ -61,10 +61,10 @@ def style() -> None:
 
 
 def summary(done: Sequence[Record]) -> pd.DataFrame:
-    """One row per group of records that differ in their seed alone.
+    """One row per group of records that differ only in their seed.
 
     Accuracies and realised rates are in percent; `std` is the sample standard deviation
-    over the seeds, NaN for one seed. Network, clean set, T and what a task is have
+    over the seeds, NaN for one seed. Network, clean set, T and what defines a task have
     columns where they differ. Runs that stopped are left out.
     """
     columns = {
@@ -91,9 +91,9 @@ def summary(done: Sequence[Record]) -> pd.DataFrame:
 def flat(record: Record) -> Record:
     """A record as one row: what was run, and what came out, in percent.
 
-    `kept_right`, `kept_wrong` and `forgotten` are shares of the labels after a
+    `kept_right`, `kept_wrong` and `discarded` are shares of the labels after a
     screening; `labels_given`, `labels_first` and `labels_last` are the shares of right
-    labels as given, when first corrected and in the end. NaN is what was not measured.
+    labels as given, when first corrected and in the end. What was not measured is NaN.
     """
     spec, wrong = record["spec"], record["realised_rate"]
     kept = record.get("screening") or {}
@@ -104,7 +104,7 @@ def flat(record: Record) -> Record:
         "best_accuracy": record["best_accuracy"],
         "kept_right": kept.get("correct"),
         "kept_wrong": kept.get("incorrect"),
-        "forgotten": kept.get("unlabelled"),
+        "discarded": kept.get("unlabelled"),
         "labels_given": None if wrong is None else 1 - wrong,
         "labels_first": corrected[0],
         "labels_last": corrected[-1],
@@ -133,7 +133,7 @@ def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
 
     Args:
         table: whose cells to fill.
-        done: records; those that are no cell's run are left out. A cell measured in
+        done: records; those that belong to no cell are left out. A cell measured in
             two profiles, or on two devices, gives two lines.
 
     Returns:
@@ -165,10 +165,10 @@ def measured(table: Table, done: Sequence[Record]) -> pd.DataFrame:
 
 
 def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
-    """Every cell of a published table, in its order: `measured`, and why not.
+    """Every cell of a published table, in its order: as `measured`, or why it is not.
 
     Returns:
-        As `measured`, with NaN where no run came to its end, and note: why, else "".
+        As `measured`, with NaN where no run reached its end, and note: why, else "".
     """
     places = ["row", "column"]
     stops = stops_of(table, done).drop_duplicates(places).set_index(places)["why"]
@@ -198,9 +198,10 @@ def why_not_run(cell: Cell) -> str:
 def at_a_glance(whole: pd.DataFrame) -> Styler:
     """The table of `complete` as rows and columns, each cell a few lines of HTML.
 
-    Measured in bold, published in brackets, and below it seeds, profile and seconds of
-    a run, or why there is none. Runs of the paper profile are shaded by how far both
-    are apart: blue above the paper, orange below it, darker from 5 points on.
+    The measured value is in bold, the published one in brackets, and below them are
+    seeds, profile and seconds of a run, or why there is none. Runs of the paper profile
+    are shaded by how far apart the two values are: blue above the paper, orange below
+    it, darker beyond 5 points.
     """
     paper_first = whole.sort_values(
         "profile", key=lambda profile: profile != "paper", kind="stable"
@@ -233,7 +234,7 @@ def cell_text(line: pd.Series) -> str:
 
 
 def agreement(difference: float) -> str:
-    """Style of a cell by its difference in points; none where both agree to 1."""
+    """Style of a cell by its difference in points; none where that is at most 1."""
     if not abs(round(difference, 1)) > 1:  # NaN where nothing is published
         return ""
     blue, orange = (("#cfe5f3", "#fbe3b5"), ("#9ccbe8", "#f6c667"))[abs(difference) > 5]
@@ -251,8 +252,8 @@ def runs_of(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """The runs behind a table's cells, one line each.
 
     Returns:
-        `flat` of each record, with row, column, published, published_std and measured
-        value of its cell.
+        `flat` of each record, with the row, column, published, published_std and
+        measured value of its cell.
     """
     lines = []
     for cell, record in of_cells(table, experiments.latest(done)):
@@ -294,10 +295,10 @@ def of_cells(table: Table, found: Sequence[Record]) -> Iterator[tuple[Cell, Reco
 
 
 def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:
-    """How much better one row of a table is than each other one, seed by seed.
+    """How much better one row of a table is than every other, seed by seed.
 
-    Two runs of one seed have the same noise and the same split, so that their
-    difference says more than the difference of two means.
+    Two runs of one seed have the same noise and the same split, so their difference
+    says more than the difference of two means.
 
     Returns:
         One line per column, other row and profile: gain and its std over the seeds, in

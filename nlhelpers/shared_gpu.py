@@ -1,7 +1,7 @@
 """NVIDIA's Multi-Process Service: processes on one GPU work side by side.
 
 Without it they take turns, and a small network's kernels leave most of a GPU idle. It
-comes with the driver and needs no rights: https://docs.nvidia.com/deploy/mps/
+comes with the driver and needs no privileges: https://docs.nvidia.com/deploy/mps/
 """
 
 import contextlib
@@ -19,7 +19,7 @@ FOLDER = "CUDA_MPS_PIPE_DIRECTORY"  # where a process finds the service
 def service() -> Iterator[dict[str, str]]:
     """The environment in which processes find a service of their own, while it runs.
 
-    It is empty if they will find the user's, and, with a word about it, if none starts.
+    It is empty if they will find the user's, and, with a message, if none starts.
     """
     if FOLDER in os.environ:
         yield {}
@@ -37,7 +37,7 @@ def service() -> Iterator[dict[str, str]]:
         try:
             yield where
         finally:
-            control(where, words="quit -t 10\n")  # seconds for who still uses it
+            control(where, words="quit -t 10\n")  # seconds for whoever still uses it
 
 
 def control(where: dict[str, str], *options: str, words: str = "") -> int:

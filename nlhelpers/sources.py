@@ -1,7 +1,7 @@
-"""What a number was made by: functions and classes, and what they name.
+"""The code that made a number: functions and classes, and what they name.
 
-A record's source hash asks for these, so that it covers the code behind a number and
-nothing else.
+A record's source hash is made from these, so that it covers the code behind a number
+and nothing else.
 """
 
 import ast
@@ -20,15 +20,15 @@ PACKAGE = "nlhelpers"
 
 
 def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, str]:
-    """The code of functions and classes, and of all in the package that it names.
+    """The code of functions and classes, and of all in the package that they name.
 
     A constant counts with its value. A dictionary of functions is a registry: which of
     its entries a run uses is for the caller to say, so that a new entry changes nothing
     for the runs that do not use it.
 
     Args:
-        wanted: Functions and classes; those of other packages fall away.
-        besides: Functions and classes that are left out, with what only they name.
+        wanted: Functions and classes; those of other packages are dropped.
+        besides: Functions and classes to leave out, with what only they name.
 
     Returns:
         Qualified names, each with its source as `code` gives it or its value as JSON.
@@ -52,7 +52,7 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
 
 @cache  # the runs of a grid share most of their code
 def parsed(thing: object) -> tuple[str, set[tuple[str, str | None]]]:
-    """A function's or class's code, and the `a` and `a.b` that it looks up as pairs."""
+    """A function's or class's code, and as pairs the `a` and `a.b` that it looks up."""
     source = textwrap.dedent(inspect.getsource(thing))
     known = looked_up(source)
     references: set[tuple[str, str | None]] = set()
@@ -103,7 +103,7 @@ def in_package(module: str) -> bool:
 
 
 def as_json(value: object) -> str | None:
-    """A constant as text; None for what is no plain data, like the alias of a type."""
+    """A constant as text; None for what is not plain data, like the alias of a type."""
     try:
         return json.dumps(sorted(value) if isinstance(value, set) else value)
     except TypeError:
@@ -111,7 +111,7 @@ def as_json(value: object) -> str | None:
 
 
 def code(source: str) -> str:
-    """A source without comments, docstrings and the empty lines outside of strings."""
+    """A source without comments, docstrings or empty lines outside strings."""
     lines = source.split("\n")
     in_string: set[int] = set()  # numbers of lines that end inside a string
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -14,13 +14,13 @@ from nlhelpers.models import MODELS
 from nlhelpers.records import Record
 from nlhelpers.training import Recipe
 
-# Data sets that come with noisy labels, the first two with some checked ones beside.
+# Data sets that come with noisy labels, the first two with some checked ones as well.
 CRAWLED_SETS = {"clothing1m": clothing1m, "food101n": food101n, "folder": folder}
 CRAWLED = "crawled"
 DATASETS = (*datasets.DATASETS, *CRAWLED_SETS)
-# Noises whose T can be said beforehand.
+# Noises whose T is known beforehand.
 KNOWN_T = ("symmetric", "pair-flip", *noise.PATHS, "given")
-# The noise of binary tasks, whose data are few.
+# The noise of binary tasks, which have few images.
 BINARY = "binary"
 DRAWN = ("symmetric", "pair-flip", *noise.PATHS, "random-confusion", "confusing")
 NOISE_NAMES = (*DRAWN, "given", *datasets.HUMAN_LABELS, CRAWLED, BINARY)
@@ -49,7 +49,7 @@ class Spec:
         task: two groups of classes, like "5,7 vs 2,4", for the noise "binary" only.
         pi: fractions of right labels among those labelled positive and negative, for
             a task.
-        num_images: how many different ones a task has to train on.
+        num_images: how many different images a task has to train on.
         settings: the method's own settings, as a mapping or as pairs.
     """
 
@@ -86,7 +86,7 @@ class Spec:
             able = [n for n, method in METHODS.items() if method.clean_set != "unused"]
             raise ValueError(
                 f"num_clean is {self.num_clean}, but {self.method} has no use for a "
-                f"clean set; those that do: {', '.join(able)}"
+                f"clean set; methods that have: {', '.join(able)}"
             )
         if self.num_clean and self.dataset == folder.NAME:
             raise ValueError(
@@ -123,7 +123,7 @@ class Spec:
             able = ", ".join(noise.PATHS[self.noise])
             raise ValueError(
                 f"noise is {self.noise!r}, for which {self.dataset} has no published "
-                f"paths; it has for {able}"
+                f"paths; there are paths for {able}"
             )
         if (self.noise == "given") != (self.transition is not None):
             raise ValueError(
@@ -202,12 +202,12 @@ class Spec:
         return profiles.recipe(self.dataset, self.model, self.profile)
 
     def as_dict(self) -> Record:
-        """Plain values for JSON, those left at None or empty included."""
+        """Plain values for JSON, including those left at None or empty."""
         values = dataclasses.asdict(self)
         return values | {"settings": dict(self.settings)}
 
     def __str__(self) -> str:
-        """A line for progress bars, in which runs of a grid differ."""
+        """A line for progress bars that tells the runs of a grid apart."""
         rate = "" if self.noise_rate is None else f" {self.noise_rate:g}"
         noise = f"{self.noise}{rate}"
         if self.task:
@@ -220,7 +220,7 @@ class Spec:
 
 
 def known(what: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest name, if `value` is none of the allowed."""
+    """Raise ValueError, with the nearest name, if `value` is not an allowed one."""
     allowed = list(allowed)
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
@@ -230,7 +230,7 @@ def known(what: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def kinds_like(default: object) -> tuple[type, ...]:
-    """Types that may stand in place of a default; None stands for a number."""
+    """Types that may take the place of a default; None stands for a number."""
     if default is None:
         return float, int, type(None)
     return (float, int) if isinstance(default, float) else (type(default),)

@@ -28,7 +28,7 @@ from nlhelpers.data import NoisyData
 Step = Callable[..., Tensor]
 
 if torch.__version__ < (2, 12):
-    # It has the kernel of a fused Adagrad for a GPU, but its Python refuses to use it:
+    # torch has the kernel of a fused Adagrad for a GPU, but its Python code refuses it:
     # https://github.com/pytorch/pytorch/pull/177672
     adagrad._device_dtype_check_for_fused = lambda parameter, **without_gpu: (
         optimizer._device_dtype_check_for_fused(parameter)
@@ -44,7 +44,7 @@ class Recipe:
     """How a network is trained, whatever the method.
 
     Attributes:
-        epochs: of each training a method does.
+        epochs: of each training that a method does.
         batch_size: images per step, over all processes together.
         optimiser: "sgd", "adagrad" or "adam".
         learning_rate: at the start.
@@ -53,12 +53,12 @@ class Recipe:
         factor: what the learning rate is multiplied by when it falls.
         patience: epochs without a better validation accuracy until it falls.
         falls_after: epochs after which it falls, whatever the validation says; if any
-            are named, `patience` has no say.
-        min_learning_rate: where the falling by `patience` ends.
+            are named, `patience` has no effect.
+        min_learning_rate: the lowest to which it falls by `patience`.
         crop: pixels of reflected border for random crops; 0 for none.
         flip: whether images are mirrored at random.
-        val_share: share of the training set that is left out for validation.
-        limit: use so many images only; None for all.
+        val_share: share of the training set that is held out for validation.
+        limit: use only this many images; None for all.
     """
 
     epochs: int
@@ -77,7 +77,7 @@ class Recipe:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Bring lists, as JSON has them, to tuples."""
+        """Turn lists, as JSON has them, into tuples."""
         object.__setattr__(self, "falls_after", tuple(self.falls_after))
 
     def as_dict(self) -> dict[str, object]:
@@ -112,7 +112,7 @@ class Epoch:
     Attributes:
         stage: which of a method's trainings this is.
         number: from 1.
-        model: the network, in place: it goes on changing.
+        model: the network itself, which goes on changing.
         loss: mean over the epoch's steps.
         val_accuracy: on the labels the method validates with, in [0, 1].
         learning_rate: used in this epoch.
@@ -139,21 +139,21 @@ class Screening:
 
 @dataclass(frozen=True, eq=False)
 class Auxiliary:
-    """An epoch of a network that answers another question than which class it is."""
+    """An epoch of a network that answers a question other than an image's class."""
 
     epoch: Epoch
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """What a method now takes for the labels: (N,) int64 over `data.labels`."""
+    """What a method now takes as the labels: (N,) int64 over `data.labels`."""
 
     labels: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """What a method now takes for T: (K, K), rows sum to 1."""
+    """What a method now takes as T: (K, K), rows sum to 1."""
 
     T: Tensor
 
@@ -162,7 +162,7 @@ Event = Epoch | Auxiliary | Screening | Correction | Transition
 
 
 def returned(events: Generator[Event, None, Any]) -> Any:
-    """What a generator of events returns, when it has come to its end."""
+    """What a generator of events returns when it has reached its end."""
     while True:
         try:
             next(events)
@@ -233,17 +233,17 @@ def fit_by_graphs(
     stage: str,
     views: int = 1,
 ) -> Iterator[Epoch]:
-    """`fit`, line by line, where a step is one CUDA graph with its update.
+    """`fit`, line by line, but with a step and its update as one CUDA graph.
 
-    What a step reads, but for tensors, changes between epochs only: see `graphs`.
+    What a step reads, other than tensors, changes between epochs only: see `graphs`.
 
     Raises:
-        DivergenceError: as there.
+        DivergenceError: as `fit` does.
     """
     recipe = setup.recipe
     optimiser = make_optimiser(model, recipe)
     for group in optimiser.param_groups:
-        group["capturable"] = True  # Adam is recorded only if asked for it
+        group["capturable"] = True  # Adam can be recorded only with this
     lower_rate = make_schedule(optimiser, recipe)
     load = drawn.loader(images, recipe.crop, recipe.flip, setup.generator, views)
     objective = torch.compile(step)
@@ -275,7 +275,7 @@ def fit_by_graphs(
 
 
 def on_its_device(plain: Callable[..., Iterator[Epoch]]) -> Callable:
-    """`fit`; on a GPU that one process alone trains on, `fit_by_graphs`."""
+    """`fit`, or on a GPU that one process trains on alone, `fit_by_graphs`."""
 
     @functools.wraps(plain)
     def chosen(model: nn.Module, images: Tensor, *rest, **options) -> Iterator[Epoch]:
@@ -297,7 +297,7 @@ def fit_noisy(
     stage: str = "training",
     views: int = 1,
 ) -> Iterator[Epoch]:
-    """`fit` on all of the images in random order, validated on labels as noisy."""
+    """`fit` on all of the images in random order, validated on equally noisy labels."""
     return fit(
         model,
         data.images,
@@ -327,7 +327,7 @@ class Objective(nn.Module):
 
 
 def replicated(objective: Objective) -> nn.Module:
-    """The objective; of several processes, the replica that averages their gradients.
+    """The objective; with several processes, a replica that averages their gradients.
 
     Each takes every n-th image of a batch: see `batches.share`.
     """
@@ -437,7 +437,7 @@ def has_convolutions(model: nn.Module) -> bool:
 
 
 def compiled(step: Step, device: torch.device) -> Step:
-    """The step as one CUDA graph on a GPU; as it is on a CPU, which gains nothing."""
+    """The step as one CUDA graph on a GPU; unchanged on a CPU, which gains nothing."""
     return (
         torch.compile(step, mode="reduce-overhead") if device.type == "cuda" else step
     )
@@ -449,7 +449,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 
     Initial weights, dropout and noise layers draw from torch's own state, which
     compiled graphs need; batches and augmentation draw from the generator this gives.
-    The two have streams of their own, and neither is that of a generator with `seed`.
+    The two have separate streams, and neither is that of a generator with `seed`.
     """
     seeder = torch.Generator().manual_seed(seed)
     own, given = torch.randint(2**62, (2,), generator=seeder).tolist()
@@ -464,15 +464,16 @@ def pick_device(
 ) -> torch.device:
     """The device by name: "auto" takes a GPU if there is one.
 
-    Of several processes on a machine, each takes the GPU of its number; where there are
+    Of several processes on a machine, each takes the GPU with its number; if there are
     more processes than GPUs, they share them evenly.
 
     Args:
-        name: "auto", "cpu" or "cuda"; what is a device already is taken as it is.
-        number: of this process on its machine; None is what torchrun says, if it runs.
+        name: "auto", "cpu" or "cuda"; a device is returned as it is.
+        number: of this process on its machine; None takes what torchrun says, if it
+            runs.
 
     Raises:
-        ValueError: for another name, or for "cuda" on a machine without one.
+        ValueError: for any other name, or for "cuda" on a machine without a GPU.
     """
     if isinstance(name, torch.device):
         return name

@@ -157,7 +157,7 @@ def test_joined(images, whole):
     longer = ImageFiles(images.root, ["a much longer name.jpg"], SIZE)
     names = batches.joined(images[:1], longer).names
     assert names.tolist() == [*images.names[:1], b"a much longer name.jpg"]
-    with pytest.raises(ValueError, match="crop_to is 32 and 20; it must be the same"):
+    with pytest.raises(ValueError, match="crop_to is 32 in one set and 20 in the"):
         batches.joined(images, replace(images, crop_to=20))
 
 
@@ -367,7 +367,7 @@ def broken(tmp_path):
 def test_a_damaged_file_is_named(broken, generator, how):
     images, path = broken
     damage(path, how)
-    complaint = "is missing" if how == "missing" else "is damaged or no picture"
+    complaint = "is missing" if how == "missing" else "is damaged or not a picture"
     with pytest.raises(DataError, match=f"^{path} {complaint}"):
         list(images.split(7))
     with pytest.raises(DataError, match=f"^{path} {complaint}"):
@@ -394,7 +394,7 @@ def test_a_damaged_file_is_named_by_a_worker(broken):
     damage(path, "truncated")
     stream = replace(images, workers=2).split(3)
     assert len(next(stream)) == 3
-    with pytest.raises(DataError, match=f"^{path} is damaged or no picture"):
+    with pytest.raises(DataError, match=f"^{path} is damaged or not a picture"):
         next(stream)
 
 

@@ -157,7 +157,7 @@ def test_too_few_classes(tmp_path, names):
         write_image(tmp_path / name / "1.png", 1)
     (tmp_path / "dog.png").write_bytes(b"")  # a file is no class
     with pytest.raises(
-        DataError, match=f"has {len(names)} of the two or more folders it"
+        DataError, match=f"has {len(names)} folders and needs two or more"
     ):
         load(root=tmp_path)
 

@@ -386,13 +386,15 @@ def test_a_key_with_two_verification_labels(root):
 
 def test_a_list_without_a_right_label(root):
     edit(root / VAL, lambda lines: [line.replace("\t1", "\t0") for line in lines])
-    with pytest.raises(DataError, match=f"^{root / VAL} finds no label right; put the"):
+    with pytest.raises(
+        DataError, match=f"^{root / VAL} marks no label as right; put the"
+    ):
         load()
 
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [(NOISY, "names no image"), (VAL, "finds no label"), (CLASS_NAMES, "has 0 names")],
+    [(NOISY, "names no image"), (VAL, "marks no label"), (CLASS_NAMES, "has 0 names")],
 )
 def test_nothing_but_a_header(root, name, complaint):
     edit(root / name, lambda lines: lines[:1])

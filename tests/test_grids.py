@@ -134,7 +134,7 @@ def test_a_diverging_run_does_not_stop_the_others(path, cpu, diverging, capsys):
 def test_what_stopped_is_recorded_and_not_tried_again(
     path, cpu, diverging, monkeypatch
 ):
-    once = "; .*runs.jsonl says so, and without that line it is tried again"
+    once = "; .*runs.jsonl says so: delete that line to try the run again"
     with pytest.raises(GridError, match=WHY + once):
         run_all(TRIO[1:2], path, cpu)
     (record,) = records.read(path)
@@ -486,7 +486,7 @@ def test_a_run_without_memory_does_not_stop_the_others(path, cpu, client, monkey
         return submit(without_memory if spec == large else run, spec, *given, **options)
 
     monkeypatch.setattr(client, "submit", submit_one_too_large)
-    with pytest.raises(GridError, match="2 GiB; fewer workers need less memory"):
+    with pytest.raises(GridError, match="2 GiB; use fewer workers"):
         run_all(specs, path, cpu, client=client)
     assert set(recorded(path)) == set(others)
 

@@ -138,7 +138,9 @@ def test_several_runs_on_a_gpu_are_told_of_workers(run, monkeypatch, capsys):
     told = []
     for words in (["--seeds", "0", "1"], ["--seeds", "0"], ["--workers", "2"]):
         assert run("--seeds", "0", "1", *words) == 0
-        told.append("several share a GPU much better" in capsys.readouterr().out)
+        told.append(
+            "several at once make better use of a GPU" in capsys.readouterr().out
+        )
     assert told == [True, False, False]
     assert devices == ["auto"] * 3  # a scheduler's workers have their own
 
@@ -324,9 +326,15 @@ def test_divergence_is_one_error_and_one_record(run, path, monkeypatch, capsys):
         ([], "the following arguments are required: run | show | list"),
         (["walk"], "invalid choice: 'walk'"),
         (["run", "--speed", "3"], "unrecognized arguments: --speed"),
-        (["run", "--noise-rate", "x"], "'x' is no rate; it must be a number in [0, 1]"),
-        (["run", "--time-budget", "-1"], "'-1' is no number of minutes, 0 or more"),
-        (["run", "--time-budget", "nan"], "'nan' is no number of minutes, 0 or more"),
+        (
+            ["run", "--noise-rate", "x"],
+            "'x' is not a rate; it must be a number",
+        ),
+        (["run", "--time-budget", "-1"], "'-1' is not a number of minutes"),
+        (
+            ["run", "--time-budget", "nan"],
+            "'nan' is not a number of minutes",
+        ),
     ],
 )
 def test_usage_is_exit_status_2(words, message, capsys):
@@ -354,13 +362,13 @@ def test_an_interrupt_is_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "run", interrupted)
     assert run() == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "stopped; the same command goes on with what is left"
+    assert last == "stopped; run the same command again to do the rest"
 
 
 def test_nothing_to_show(run, path, capsys):
     assert run(command="show") == 0
     printed = capsys.readouterr().out
-    assert printed == f"{path} has no record of these runs by today's code\n"
+    assert printed == f"{path} has no record of these runs made by the present code\n"
 
 
 def test_exit_status_of_the_program(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nlhelpers import report
-from nlhelpers.papers import Cell, Table
+from nlhelpers.papers import TABLES, Cell, Table
 from nlhelpers.specs import Spec
 
 SPEC = Spec("two-stage", "mnist", "asymmetric", 0.6, profile="paper")
@@ -186,7 +186,7 @@ def test_gains_are_taken_seed_by_seed():
 def test_a_cell_may_measure_the_labels_or_the_best_epoch():
     expected = {
         **{"labels_given": 76, "labels_first": 50, "labels_last": 80},
-        **{"kept_right": 20, "kept_wrong": 10, "forgotten": 70},
+        **{"kept_right": 20, "kept_wrong": 10, "discarded": 70},
         **{"last_accuracy": 50, "best_accuracy": 25},
     }
     cells = [Cell(name, "a", None, spec=SPEC, measure=name) for name in expected]
@@ -195,10 +195,14 @@ def test_a_cell_may_measure_the_labels_or_the_best_epoch():
     done = record(0.5) | {"label_accuracy": [0.5, 0.6, 0.8], "screening": shares}
     found = report.measured(table, [done])["measured"].tolist()
     assert found == pytest.approx(list(expected.values()))
-    (missing,) = (
-        report.measured(table, [record(0.5)]).query("row == 'forgotten'").values
-    )
-    assert pd.isna(missing[4])
+    lacking = report.measured(table, [record(0.5)]).set_index("row")["measured"]
+    assert pd.isna(lacking["discarded"])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_cell_of_the_papers_measures_what_a_record_has(name):
+    measures = {cell.measure for cell in TABLES[name].cells}
+    assert measures <= set(report.flat(record(0.5)))
 
 
 # ---------------------------------------------------------------- every cell

@@ -47,7 +47,7 @@ HALF = ((0.5, 0.5), (0.25, 0.75))
         ({"noise": "human-worst", "dataset": "cifar10"}, "set noise_rate to None"),
         (
             {"noise": "asymmetric-swap", "dataset": "cifar10"},
-            "cifar10 has no published paths; it has for mnist, digits",
+            "cifar10 has no published paths; there are paths for mnist, digits",
         ),
     ],
 )

@@ -1,9 +1,10 @@
 """One file per method, each a short generator function in its paper's symbols.
 
-A method is called as `method(data, setup, **settings)`. It yields an `Epoch` after
-every epoch, an `Auxiliary` after one of a network that is not the result, a `Screening`
-when it decides which labels to believe, a `Correction` when it changes them, and a
-`Transition` when it estimates T; its settings are its keyword-only arguments.
+A method is called as `method(data, setup, **settings)`; its settings are its
+keyword-only arguments. It yields an `Epoch` after every epoch, or an `Auxiliary` if the
+epoch was of a network that is not the result; a `Screening` when it decides which
+labels to believe, a `Correction` when it changes them, and a `Transition` when it
+estimates T.
 """
 
 import inspect
@@ -38,21 +39,23 @@ from nlhelpers.training import Event
 
 @dataclass(frozen=True)
 class Method:
-    """A method by name.
+    """A method, and what the rest of the package needs to know about it.
 
     Attributes:
-        run: takes `(data, setup, **settings)`, yields events.
-        title: as the tables of the book print it.
-        trainings: how many times it takes the recipe's epochs, for progress bars.
+        run: takes `(data, setup, **settings)` and yields events.
+        title: its name in the tables of the book.
+        trainings: how many times it runs through the recipe's epochs, for progress
+            bars.
         clean_set: whether images with true labels are "unused", "optional" or "needed".
         clean_validation: whether its paper validates on true labels.
-        verdicts: whether it learns from a clean image too of which nobody knows more
-            than that its label is wrong.
-        clean_trainings: how many `trainings` more it takes if it has a clean set.
-        two_classes: whether it is for tasks of two classes only.
-        remembers: whether a training keeps something of each image. Processes of
-            torchrun would each keep it of their own share.
-        more_trainings: settings that add `trainings`, and how many each by its value.
+        verdicts: whether it also learns from clean images of which it is known only
+            that their given label is wrong.
+        clean_trainings: how many `trainings` a clean set adds.
+        two_classes: whether it is only for tasks with two classes.
+        remembers: whether a training stores something for each image. Under torchrun,
+            each process would store it for its own share only.
+        more_trainings: settings that add `trainings`, each with how many it adds per
+            unit of its value.
     """
 
     run: Callable[..., Iterator[Event]]
@@ -68,7 +71,7 @@ class Method:
 
     @property
     def settings(self) -> dict[str, object]:
-        """Names and defaults of what can be set."""
+        """Names and defaults of its settings."""
         parameters = inspect.signature(self.run).parameters.values()
         return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 

@@ -24,13 +24,13 @@ def bottom_up(
     start_pretrained: bool = False,
     clean_share: float = 1 / 3,
 ) -> Iterator[Event]:
-    """Train on the clean images, then on all with the noise model on top.
+    """Train on the clean images, then on all images with the noise model on top.
 
     Args:
         data: images with noisy labels, and a clean set.
         setup: network and recipe, the same for all trainings.
         start_pretrained: whether the network starts pretrained, as in row 5.
-        clean_share: of clean images in a batch, as in `noise_model`.
+        clean_share: share of clean images in a batch, as in `noise_model`.
     """
     check_share(clean_share)
     y, y_noisy = data.clean_labels, data.clean_given_labels
@@ -59,7 +59,7 @@ def bottom_up(
 
 
 def noisy_log_likelihood(logits: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
-    """Log (Q p)[y_noisy], per example, p = softmax(logits).
+    """Log (Q p)[y_noisy], per example, where p = softmax(logits).
 
     Args:
         logits: (N, K).
@@ -67,7 +67,8 @@ def noisy_log_likelihood(logits: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
         Q: (K, K), columns sum to 1.
 
     Returns:
-        (N,), in nats. What the clean set never showed is unlikely, not impossible.
+        (N,), in nats. A confusion absent from the clean set is unlikely, not
+        impossible.
     """
     return (Q.clamp(min=1e-6)[y_noisy].log() + logits.log_softmax(dim=1)).logsumexp(
         dim=1

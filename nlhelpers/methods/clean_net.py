@@ -1,12 +1,12 @@
 """CleanNet: transfer learning for training with label noise (Lee et al. 2018).
 
 A classifier is trained on all labels as they are given. From its deep features, and
-from what the clean set tells about labels that were verified, a second network learns
-how relevant an image is to the class that its label names (`nlhelpers.relevance`). The
-classifier is then trained on, every label weighted by this relevance.
+from the clean set's record of which labels proved right, a second network learns how
+relevant an image is to the class that its label names (`nlhelpers.relevance`). The
+training of the classifier then continues with every label weighted by this relevance.
 
 Symbols: v = deep features, y = labels as given, cos = relevance of an image to its
-label, tau = the cosine from which a label is taken for right, w = weights of labels.
+label, tau = the cosine from which a label counts as right, w = weights of labels.
 """
 
 import warnings
@@ -43,17 +43,18 @@ def clean_net_hard(
     """CleanNet that drops labels: w = 1 where cos >= tau, and 0 elsewhere.
 
     Args:
-        data: images with noisy labels, and a clean set of which it is known what was
-            given before. Where that is known to be wrong and nothing else is, the clean
-            label is UNKNOWN.
+        data: images with noisy labels, and a clean set that includes the labels given
+            before the check. Where all that is known is that the given label is wrong,
+            the clean label is UNKNOWN.
         setup: network and recipe.
-        num_references: reference features of a class.
+        num_references: number of reference features per class.
         margin: as in `relevance.Rule`, like the next two.
         beta: weight of the reconstruction error.
         gamma: weight of the labels that nobody verified.
-        rate: learning rate of the last training, as a share of the recipe's; ours.
-        start_pretrained: whether the classifier starts pretrained, as on photographs.
-        finetune: whether to end with a training on the clean set ("50k clean").
+        rate: learning rate of the training with weights, as a share of the recipe's;
+            the default is our choice.
+        start_pretrained: whether the classifier starts pretrained, as for photographs.
+        finetune: whether to fine-tune on the clean set at the end ("50k clean").
     """
     rule = Rule(num_references, margin, beta, gamma)
     yield from clean_net(hard, data, setup, rule, rate, start_pretrained, finetune)
@@ -71,18 +72,18 @@ def clean_net_soft(
     start_pretrained: bool = False,
     finetune: bool = False,
 ) -> Iterator[Event]:
-    """CleanNet that weighs labels: w = max(0, cos). Settings as `clean_net_hard`."""
+    """CleanNet that weights labels: w = max(0, cos). Settings as `clean_net_hard`."""
     rule = Rule(num_references, margin, beta, gamma)
     yield from clean_net(soft, data, setup, rule, rate, start_pretrained, finetune)
 
 
 def hard(cos: Tensor, tau: Tensor) -> Tensor:
-    """The w_hard (N,) float32."""
+    """Weights w_hard (N,) float32."""
     return (cos >= tau).float()
 
 
 def soft(cos: Tensor, tau: Tensor) -> Tensor:
-    """The w_soft (N,) float32, in which tau plays no part."""
+    """Weights w_soft (N,) float32, which do not depend on tau."""
     return cos.clamp(min=0)
 
 
@@ -98,9 +99,9 @@ def clean_net(
     """Train the classifier, then CleanNet, then the classifier with weights.
 
     The paper says that the two may take turns; here they do so once. Verified images
-    belong to the noisy ones, with the label that was given: a network that never
+    are added to the noisy ones with the label they were given: a network that never
     trained on the wrong labels among them would give these images other features. Those
-    that are among the noisy ones already, as of Food-101N, so count twice.
+    that are among the noisy images already, as in Food-101N, therefore count twice.
     """
     verified = data.clean_given_labels != UNKNOWN
     y = torch.cat([data.clean_given_labels[verified], data.labels])
@@ -133,7 +134,7 @@ def train(
     setup: Setup,
     stage: str,
 ) -> Iterator[Epoch]:
-    """Cross-entropy of labels y (N,) with weights w (N,), validated on noisy ones."""
+    """Cross-entropy on labels y (N,), weighted by w (N,); validate on noisy labels."""
 
     def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return (w[index] * losses.cross_entropy(network(images), y[index])).mean()
@@ -150,9 +151,9 @@ def train(
 
 
 def features(network: Network, images: Tensor) -> Tensor:
-    """The v (N, d) float32: deep features, brought to length 1.
+    """Deep features v (N, d) float32, scaled to length 1.
 
-    The authors' code can do so too; its default is a logarithm, for which features
+    The authors' code can do this too; its default is a logarithm, for which features
     must not be negative.
     """
     parts = prototypes.deep_features(network, images)
@@ -160,9 +161,9 @@ def features(network: Network, images: Tensor) -> Tensor:
 
 
 def check(y: Tensor, right: Tensor, num_classes: int, rate: float) -> None:
-    """Raise ValueError unless there is something to know every class by.
+    """Raise ValueError unless there is enough to learn every class from.
 
-    Warns if no verified label is wrong, as CleanNet then sees right ones only.
+    Warns if no verified label is wrong, since CleanNet then sees only right ones.
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate is {rate!r}; it must be in (0, 1]")

@@ -25,10 +25,10 @@ def clean_only_pretrained(data: NoisyData, setup: Setup) -> Iterator[Event]:
 def train_on_clean(
     data: NoisyData, setup: Setup, *, start_pretrained: bool = False
 ) -> Generator[Event, None, Network]:
-    """Cross-entropy on the clean labels, from random or pretrained weights.
+    """Train on the clean labels by cross-entropy, from random or pretrained weights.
 
-    An epoch has as many images as there are in all, so that all methods take as many
-    steps, and the clean ones come by again and again.
+    An epoch has as many images as there are in all, so that all methods take the same
+    number of steps; the clean images are repeated to fill it.
 
     Returns:
         The network.
@@ -61,7 +61,7 @@ def clean_batches(count: int, data: NoisyData, setup: Setup) -> Iterator[Tensor]
 
 
 def check_clean_set(data: NoisyData) -> None:
-    """Raise ValueError if a class has no clean image to be learned from."""
+    """Raise ValueError if a class has no clean image to learn from."""
     counts = data.clean_labels.bincount(minlength=data.num_classes)
     if (counts == 0).any():
         absent = torch.nonzero(counts == 0).flatten().tolist()

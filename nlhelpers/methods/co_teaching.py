@@ -1,13 +1,14 @@
 """Co-teaching (Han, Yao, Yu, Niu, Xu, Hu, Tsang and Sugiyama 2018).
 
 Networks learn what is right before they learn wrong labels by heart, so a label with a
-small loss is probably right. Two networks see the same batches. In each batch either
-one picks the images of smallest loss, and its peer learns from these alone. As the two
-err differently, the mistakes of a pick do not come back to the network that made them.
+small loss is probably right. Two networks see the same batches. In each batch, each of
+them picks the images with the smallest loss, and its peer learns from these alone. As
+the two make different errors, a wrong pick does not come back to the network that made
+it.
 
 Symbols: f, g = the two networks, D = a batch, R(T) = share of it that is picked, T =
-epoch, T_k = epochs in which R falls, tau = share of the labels that are wrong, which R
-falls by, c = exponent of T.
+epoch, T_k = epochs over which R falls, tau = share of wrong labels, by which R falls,
+c = exponent of T.
 """
 
 import math
@@ -21,7 +22,7 @@ from nlhelpers.data import NoisyData
 from nlhelpers.models import Network
 from nlhelpers.training import Event, Setup
 
-PAPER_EPOCHS = 200  # T counts in these, whatever the recipe has
+PAPER_EPOCHS = 200  # T runs up to this, whatever the recipe's number of epochs
 
 
 def co_teaching(
@@ -34,16 +35,17 @@ def co_teaching(
 ) -> Iterator[Event]:
     """Algorithm 1. The networks take their steps together, each with its own gradient.
 
-    What is evaluated is f alone, since the paper's numbers are of single networks. The
-    loss of an epoch is the sum of both. No label is judged for good, so there is no
+    Only f is evaluated, since the paper's numbers are for single networks. The loss of
+    an epoch is the sum over both. No label is judged for good, so there is no
     screening. The authors' code divides the mean loss of a pick by its size once more;
-    here, as in the paper, it is the mean.
+    here, as in the paper, it stays the mean.
 
     Args:
         data: images with noisy labels.
         setup: network and recipe.
-        noise_rate: tau, the paper's epsilon: a prior, to be given or estimated, and
-            nothing that the data tell. The default is the lowest of the paper's rates.
+        noise_rate: tau, the paper's epsilon. It must be known or estimated beforehand:
+            the method does not learn it from the data. The default is the lowest of the
+            paper's rates.
         ramp: T_k as a share of all epochs.
         exponent: c; the paper tries 0.5, 1 and 2.
     """
@@ -65,10 +67,10 @@ def co_teaching(
 
 
 class Pair(nn.Module):
-    """Two networks of one kind; asked for a prediction, the first one answers."""
+    """Two networks of the same kind; predictions come from the first."""
 
     def __init__(self, f: Network, g: Network) -> None:
-        """Keep both."""
+        """Keep both networks."""
         super().__init__()
         self.f = f
         self.g = g
@@ -79,21 +81,21 @@ class Pair(nn.Module):
 
 
 def share_kept(T: float, tau: float, T_k: float, c: float) -> float:
-    """R(T) = 1 - tau min(T^c / T_k, 1), section 4.2; it holds once T epochs are done.
+    """R(T) = 1 - tau min(T^c / T_k, 1) of section 4.2, which applies after T epochs.
 
-    So the first epoch keeps all, as Algorithm 1 updates R at the end of an epoch.
+    The first epoch thus keeps all images: Algorithm 1 updates R at the end of an epoch.
     """
     return 1 - tau * min(T**c / T_k, 1)
 
 
 def small_loss(loss: Tensor, R: Tensor) -> Tensor:
-    """The fewest images that make a share R of a batch, those of the smallest loss.
+    """Pick the images with the smallest loss that make up a share R of the batch.
 
-    The paper keeps at least the share R, so a broken number of images is rounded up
-    (the authors' code rounds it down).
+    The paper keeps at least the share R, so if R |D| is not a whole number of images,
+    it is rounded up (the authors' code rounds it down).
 
     Args:
-        loss: (B,); equal ones are taken in their order.
+        loss: (B,); equal losses are taken in order of position.
         R: scalar in (0, 1], on the same device.
 
     Returns:

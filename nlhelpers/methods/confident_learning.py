@@ -1,10 +1,11 @@
 """Confident learning (Northcutt, Jiang and Chuang 2021): count, rank and prune.
 
-Networks that never saw an image say how probable each class is. An image counts for a
-class if it is at least as probable as it is on average among those labelled so. How
-often that class is another one than the label says how many labels are wrong, and which
-way; so many are left out, the most doubtful first, and a fresh network is trained on
-the rest. With two classes it is Rank Pruning in another form (`rank_pruning`).
+Networks that never saw an image say how probable each class is for it. The image counts
+towards a class if this probability is at least the average among images with that
+label. How often the class and the label differ tells how many labels are wrong, and in
+which direction. That many are left out, the most doubtful first, and a fresh network is
+trained on the rest. With two classes this is Rank Pruning in another form
+(`rank_pruning`).
 
 Symbols: y_noisy, y_true = the label as given and the true one (in the paper y with a
 tilde and with a star); p_hat = held-out probabilities; t = thresholds; C = confident
@@ -38,9 +39,10 @@ def confident_learning(
     Args:
         data: images with noisy labels.
         setup: network and recipe, the same for every training.
-        folds: networks that predict, each what it was not trained on.
-        prune_by: which labels go, one of RULES.
-        start_pretrained: whether all networks start from one trained without labels.
+        folds: number of networks, each predicting the images it was not trained on.
+        prune_by: how the labels to prune are chosen, one of RULES.
+        start_pretrained: whether all networks start from one trained without these
+            labels.
 
     Raises:
         ValueError: if a class has too few labels for the folds, or would keep none.
@@ -64,7 +66,7 @@ def confident_learning(
 def held_out(
     data: NoisyData, setup: Setup, folds: int
 ) -> Generator[Auxiliary, None, Tensor]:
-    """Train a network without each fold in turn, and let it predict that fold.
+    """For each fold in turn, train a network on the others and predict that fold.
 
     Returns:
         p_hat (N, K) float64, on the CPU.
@@ -80,7 +82,8 @@ def held_out(
             yield Auxiliary(done)
         images = data.images[torch.from_numpy(held).to(device)]
         p_hat[held] = training.predict(model, images).double().cpu().numpy()
-    # Several processes must prune the same, though their networks may round otherwise.
+    # All processes must prune the same labels, though their networks may round
+    # differently.
     return torch.from_numpy(training.agreed(p_hat))
 
 
@@ -88,26 +91,27 @@ def held_out(
 
 
 def thresholds(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
-    """The t (K,): mean probability of a class among those labelled so (Eq. 2).
+    """Thresholds t (K,): mean probability of each class where it is the label (Eq. 2).
 
     Args:
         p_hat: (N, K).
-        y_noisy: (N,) int64, with every class.
+        y_noisy: (N,) int64, in which every class occurs.
     """
     own = [p_hat[y_noisy == j, j] for j in range(p_hat.shape[1])]
-    # Rounding must not take a mean beyond the values, should all be the same.
+    # Where all values are equal, rounding must not move the mean away from them.
     return torch.stack([p.mean().clamp(p.min(), p.max()) for p in own])
 
 
 def confident_joint(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
-    """C (K, K) int64: images labelled i that are confidently of class j (Eq. 1).
+    """C (K, K) int64: number of images labelled i and confidently of class j (Eq. 1).
 
-    Of classes that reach their thresholds the most probable counts. Every row counts
-    one image at least: the one most probably of its class reaches that threshold.
+    If several classes reach their thresholds, the most probable one counts. Every row
+    counts at least one image: of those with its label, the one most probably of that
+    class reaches the threshold.
 
     Args:
         p_hat: (N, K).
-        y_noisy: (N,) int64, with every class.
+        y_noisy: (N,) int64, in which every class occurs.
     """
     K = p_hat.shape[1]
     reached = p_hat >= thresholds(p_hat, y_noisy)
@@ -118,10 +122,10 @@ def confident_joint(p_hat: Tensor, y_noisy: Tensor) -> Tensor:
 
 
 def joint(C: Tensor, y_noisy: Tensor) -> Tensor:
-    """Q (K, K) float64: C with as many of each label as there are, sum 1 (Eq. 3).
+    """Q (K, K) float64: C with rows scaled to the label counts, sum 1 (Eq. 3).
 
     Args:
-        C: (K, K), no row of zeros.
+        C: (K, K), without a row of zeros.
         y_noisy: (N,) int64.
     """
     C, given = C.double(), y_noisy.bincount(minlength=len(C))
@@ -133,11 +137,11 @@ def transition(Q: Tensor) -> Tensor:
     return (Q / Q.sum(dim=0)).T
 
 
-# Rank and prune: which ones (section 3.2)
+# Rank and prune: which labels are wrong (section 3.2)
 
 
 def by_class(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
-    """Of each label as many as are wrong, the least probable (PBC): (N,) bool."""
+    """Doubt the least probable of each label, as many as are wrong (PBC): (N,) bool."""
     found = torch.zeros_like(y_noisy, dtype=torch.bool)
     for i, wrong in enumerate(len(y_noisy) * (Q.sum(dim=1) - Q.diagonal())):
         mark(found, (y_noisy == i).nonzero().squeeze(1), -p_hat[:, i], wrong)
@@ -145,7 +149,10 @@ def by_class(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
 
 
 def by_noise_rate(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
-    """Of label i as many as are j, greatest margin of j over i (PBNR): (N,) bool."""
+    """For each i and j, doubt as many labels i as are truly j (PBNR): (N,) bool.
+
+    Those with the greatest margin of j over i are doubted first.
+    """
     found = torch.zeros_like(y_noisy, dtype=torch.bool)
     for i in range(len(Q)):
         own = (y_noisy == i).nonzero().squeeze(1)
@@ -157,12 +164,12 @@ def by_noise_rate(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
 
 
 def mark(found: Tensor, own: Tensor, doubt: Tensor, count: Tensor) -> None:
-    """Set `found` at the `count` (rounded) of `own` that have the most doubt."""
+    """Set `found` at the `count` (rounded) indices of `own` with the greatest doubt."""
     found[own[doubt[own].topk(round(count.item())).indices]] = True
 
 
 def both(p_hat: Tensor, y_noisy: Tensor, Q: Tensor) -> Tensor:
-    """What is doubted by class and by noise rate alike (C+NR): (N,) bool."""
+    """Doubt what both other rules doubt (C+NR): (N,) bool."""
     return by_class(p_hat, y_noisy, Q) & by_noise_rate(p_hat, y_noisy, Q)
 
 
@@ -170,7 +177,7 @@ RULES = ("noise-rate", "class", "both")
 
 
 def doubted(p_hat: Tensor, y_noisy: Tensor, Q: Tensor, prune_by: str) -> Tensor:
-    """Which labels go: (N,) bool.
+    """Which labels to prune: (N,) bool.
 
     Args:
         p_hat: (N, K).
@@ -183,7 +190,7 @@ def doubted(p_hat: Tensor, y_noisy: Tensor, Q: Tensor, prune_by: str) -> Tensor:
 
 
 def weights(Q: Tensor) -> Tensor:
-    """1 / p(y_noisy = k | y_true = k) of each class (K,), to make up for what went."""
+    """1 / p(y_noisy = k | y_true = k) of each class (K,), to make up for pruning."""
     return Q.sum(dim=0) / Q.diagonal()
 
 

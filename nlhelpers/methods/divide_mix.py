@@ -1,13 +1,14 @@
 """DivideMix (Li, Socher and Hoi 2020).
 
-Two networks are trained. Before each epoch the losses of either one are explained by
-two Gaussians: a small loss speaks for a right label, and only the labels that are
-probably right are kept. The peer then learns from kept labels and from images without
-a label at once, by MixMatch: labels are refined or guessed with what the networks say,
-and images are mixed in pairs. Each network so learns by the other one's judgement.
+Two networks are trained. Before each epoch, two Gaussians are fitted to the losses of
+each network: a small loss suggests a right label, and only labels that are probably
+right are kept. Its peer then learns from kept labels and from images without a label at
+the same time, by MixMatch: labels are refined or guessed from the predictions of the
+networks, and images are mixed in pairs. So each network learns by the judgement of the
+other.
 
-Symbols: w = probability that a label is right, tau = the w from which it is kept; x, u
-= images with and without a label, M = looks at each, y = labels, p = predictions or
+Symbols: w = probability that a label is right, tau = the w above which it is kept; x, u
+= images with and without a label, M = views of each, y = labels, p = predictions or
 targets, T = temperature of sharpening, alpha = parameter of the mixing weight lam
 (lambda), lambda_u = weight of the images without a label, pi_c = 1 / K.
 """
@@ -45,22 +46,22 @@ def divide_mix(
 ) -> Iterator[Event]:
     """Algorithm 1, with the warm-up in the same training, as the authors have it.
 
-    Both networks take every step together, where the authors train one for an epoch and
-    then the other. Each sees as many images in an epoch as there are, half of them with
-    a label; the authors' epoch is as long as there are kept labels. The loss of an
-    epoch is the sum of both networks'. Evaluated are both together, as in the paper.
-    The screening at the end is by the mean of both w.
+    Both networks take every step together, whereas the authors train one for an epoch
+    and then the other. In an epoch, each sees as many images as there are in all, half
+    of them with a label; the length of the authors' epoch is the number of kept labels.
+    The loss of an epoch is the sum over both networks. Both are evaluated together, as
+    in the paper. The screening at the end uses the mean of both w.
 
     Args:
         data: images with noisy labels.
         setup: network and recipe.
         tau: a label is kept if its w is larger.
-        T: temperature, in (0, 1]; 1 sharpens nothing.
-        alpha: of the Beta distribution; the larger, the more evenly images are mixed.
+        T: temperature, in (0, 1]; 1 does not sharpen.
+        alpha: of the Beta distribution; a larger one mixes images more evenly.
         lambda_u: its largest value; the paper picks one of 0, 25, 50 and 150. Its
             Appendix B has 0 on CIFAR-10 with 20 % of the labels wrong, 25 with 50 %.
         warm_up: share of all epochs that train on all labels first; at least one does.
-        ramp_up: share of all epochs in which lambda_u rises.
+        ramp_up: share of all epochs over which lambda_u rises.
         confidence_penalty: whether the warm-up rewards entropy, for asymmetric noise.
     """
     check(tau, T, alpha, lambda_u, warm_up, ramp_up)
@@ -68,9 +69,9 @@ def divide_mix(
     networks = Ensemble(setup.build(data), setup.build(data))
     half = max(1, min(setup.recipe.batch_size, N) // 2)
     warm = max(1, min(round(warm_up * epochs), epochs - 1))
-    warming = True  # changes once, and a GPU then compiles the step anew
+    warming = True  # changes once; on a GPU the step is then compiled again
     w = torch.ones(2, N, device=data.labels.device)
-    weight = torch.zeros((), device=w.device)  # lambda_u, as far as it has risen
+    weight = torch.zeros((), device=w.device)  # lambda_u in the current epoch
     draws = Draws(N, 2 * M * half, w.device)
 
     def epoch() -> Iterator[Tensor]:
@@ -117,7 +118,7 @@ def divide_mix(
 
 
 class Ensemble(Pair):
-    """Two networks that answer with their mean probabilities (in the code, logits)."""
+    """Two networks that predict their mean probabilities (the authors: logits)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 to the log of probabilities (N, K) float32."""
@@ -125,7 +126,7 @@ class Ensemble(Pair):
         return torch.logaddexp(*log_p) - math.log(2)
 
     def turns(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        """Either network with its peer."""
+        """Each network with its peer."""
         return (self.f, self.g), (self.g, self.f)
 
 
@@ -133,7 +134,7 @@ class Ensemble(Pair):
 
 
 def warm_up_loss(logits: Tensor, labels: Tensor, penalty: bool) -> Tensor:
-    """Cross-entropy per example (B,), less the entropy of Eq. 2 with a `penalty`."""
+    """Cross-entropy per example (B,); with `penalty`, minus the entropy of Eq. 2."""
     loss = losses.cross_entropy(logits, labels)
     if penalty:
         log_p = logits.log_softmax(dim=1)
@@ -154,9 +155,9 @@ def co_divide(networks: Ensemble, data: NoisyData, generator: Generator) -> Tens
 def clean_probability(loss: Tensor, seed: int) -> Tensor:
     """The posterior of the Gaussian with the smaller mean, by EM on the losses.
 
-    Losses are brought to [0, 1] first. Numbers of rounds and the least variance are
-    those of the authors' code. Where nine labels of ten are wrong it also averages the
-    losses of five epochs, which is left out here.
+    Losses are scaled to [0, 1] first. The number of iterations and the smallest
+    variance are those of the authors' code. Where nine labels in ten are wrong, that
+    code also averages the losses of five epochs, which is left out here.
 
     Args:
         loss: (N,), of every label.
@@ -171,7 +172,7 @@ def clean_probability(loss: Tensor, seed: int) -> Tensor:
     gaussians = GaussianMixture(
         2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=seed
     )
-    with warnings.catch_warnings():  # ten rounds may be too few, or all losses equal
+    with warnings.catch_warnings():  # ten iterations may be too few, or losses equal
         warnings.simplefilter("ignore", ConvergenceWarning)
         gaussians.fit(column)
     w = gaussians.predict_proba(column)[:, gaussians.means_.argmin()]
@@ -179,9 +180,9 @@ def clean_probability(loss: Tensor, seed: int) -> Tensor:
 
 
 def divided(kept: Tensor) -> list[Tensor]:
-    """Indices (n,) of the x and the u of f, then of g, by the labels kept (2, N) bool.
+    """Indices (n,) of the x and the u of f, then of g, from kept labels (2, N) bool.
 
-    Where no label is kept, or every one, the empty side is all images.
+    If no label is kept, or every label, the empty set is replaced by all images.
     """
     sides = [side for row in kept for side in (row, ~row)]
     full = [side if side.any() else torch.ones_like(side) for side in sides]
@@ -193,7 +194,7 @@ def beside(
 ) -> Iterator[Tensor]:
     """`count` batches of `width` indices from each pool (n,), one pool after the other.
 
-    A pool is gone through in random order, as often as it takes.
+    Each pool is run through in random order, as often as needed.
     """
     columns = [
         pool[batches.repeated(len(pool), count * width, generator)].view(count, width)
@@ -209,14 +210,14 @@ def beside(
 def targets(
     network: nn.Module, peer: nn.Module, images: Tensor, y: Tensor, w: Tensor, T: float
 ) -> Tensor:
-    """Refined labels of x (Eq. 3) and guessed ones of u, both sharpened.
+    """Refined labels for x (Eq. 3) and guessed ones for u, both sharpened.
 
-    Both networks stay in training mode, while the authors set the peer to evaluation.
+    Both networks stay in training mode; the authors put the peer in evaluation mode.
 
     Args:
-        network: the one that learns; it refines.
-        peer: guesses together with it.
-        images: (M * 2B, C, H, W), the looks one after the other, each with x before u.
+        network: the one that learns; it refines the labels of x.
+        peer: the other one; both guess the labels of u.
+        images: (M * 2B, C, H, W), one view after the other, each with x before u.
         y: one-hot labels of x, (B, K).
         w: (B,), of the labels of x.
         T: temperature.
@@ -232,14 +233,14 @@ def targets(
 
 
 def sharpen(p: Tensor, T: float) -> Tensor:
-    """p^(1 / T), brought to sum 1 again (Eq. 4): (B, K)."""
+    """p^(1 / T), rescaled to sum 1 (Eq. 4): (B, K)."""
     return (p.log() / T).softmax(dim=1)
 
 
 def mixed(
     images: Tensor, p: Tensor, lam: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Every image and its target with a share of another one's (Eq. 5 to 8).
+    """Mix every image and its target with those of another image (Eq. 5 to 8).
 
     Args:
         images: (B, C, H, W).
@@ -263,8 +264,8 @@ def semi_supervised_loss(logits: Tensor, p: Tensor, lambda_u: Tensor) -> Tensor:
     lambda_u belongs to the code, so does this.
 
     Args:
-        logits: (M * 2B, K), in the order of the images of `targets`.
-        p: targets, the same.
+        logits: (M * 2B, K), in the order of the images in `targets`.
+        p: targets, of the same shape and in the same order.
         lambda_u: scalar.
     """
     log_p = logits.log_softmax(dim=1)
@@ -278,34 +279,35 @@ def semi_supervised_loss(logits: Tensor, p: Tensor, lambda_u: Tensor) -> Tensor:
 
 
 class Draws:
-    """The chance in mixing: a lam for every look at an image, and places that pair up.
+    """The random draws of mixing: a lam for every view of an image, and the pairing.
 
-    Drawn anew for every epoch; within it the random order of the images makes new
-    pairs. The authors draw for every step, and in their code one lam for a batch.
+    They are drawn anew for every epoch; within an epoch, the random order of the images
+    makes new pairs. The authors draw for every step, and their code has one lam for a
+    whole batch.
     """
 
     def __init__(self, N: int, size: int, device: torch.device) -> None:
-        """Make room for N images, and for batches of `size` looks of one network."""
+        """Make room for N images, and for batches of `size` views for one network."""
         self.lam = torch.ones(2, M, N, device=device)
         self.keys = torch.zeros(2, size, device=device)
 
     def renew(self, alpha: float, generator: Generator) -> None:
-        """Draw all again, in place."""
+        """Draw everything again, in place."""
         chance = np.random.default_rng(seed(generator))
         drawn = chance.beta(alpha, alpha, size=self.lam.shape)
         self.lam.copy_(torch.from_numpy(drawn))
         self.keys.uniform_(generator=generator)
 
     def of(self, k: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Give lam and partners, each (M * B,), of network k's batch of images (B,)."""
+        """Lam and partners, each (M * B,), for network k's batch of indices (B,)."""
         size = M * len(index)  # smaller where several processes share a batch
         return self.lam[k][:, index].flatten(), self.keys[k, :size].argsort()
 
 
 def ramped(done: int, length: float) -> float:
-    """Share of lambda_u in the epoch after `done` ones with it, of a linear rise.
+    """Share of lambda_u in the epoch after `done` epochs of its linear rise.
 
-    It is what holds in the middle of that epoch; the authors' rises with every step.
+    It is the value in the middle of that epoch; the authors' rises with every step.
     """
     return min((done + 0.5) / length, 1.0)
 

@@ -1,9 +1,9 @@
 """Early-learning regularisation (Liu, Niles-Weed, Razavian and Fernandez-Granda 2020).
 
-A network learns what is right before it learns wrong labels by heart. What it said of
-an image early on is therefore remembered as a running average, and a term is added to
-the cross-entropy that rewards agreeing with it. The gradient of this term cancels the
-one of a wrong label, and keeps that of a right one from fading.
+A network learns what is right before it learns wrong labels by heart. A running average
+therefore remembers its early predictions for each image, and a term added to the
+cross-entropy rewards agreement with them. The gradient of this term cancels that of a
+wrong label, and keeps that of a right one from fading.
 
 Symbols: p = the network's probabilities, t = targets (the running averages of p),
 beta = momentum of the targets, lam = weight of the term (lambda in the paper).
@@ -19,16 +19,16 @@ from nlhelpers import losses, training
 from nlhelpers.data import NoisyData
 from nlhelpers.training import Event, Setup
 
-# The authors' code keeps probabilities so far away from 0 and 1.
+# The authors' code keeps probabilities at least this far from 0 and 1.
 SMALLEST = 1e-4
 
 
 def early_learning(
     data: NoisyData, setup: Setup, *, lam: float = 3.0, beta: float = 0.7
 ) -> Iterator[Event]:
-    """Cross-entropy plus lam * log(1 - <p, t>), on all noisy labels.
+    """Train by cross-entropy plus lam * log(1 - <p, t>), on all noisy labels.
 
-    Defaults are those of the authors' code for CIFAR-10 with symmetric noise; with
+    The defaults are those of the authors' code for CIFAR-10 with symmetric noise; for
     asymmetric noise it has lam = 1 and beta = 0.9.
 
     Args:
@@ -59,10 +59,10 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def averaged(t: Tensor, p: Tensor, beta: float) -> Tensor:
-    """The new targets: beta * t + (1 - beta) * p, p (N, K) brought to sum 1.
+    """The new targets: beta * t + (1 - beta) * p, with p (N, K) scaled to sum 1.
 
-    They start at 0 and are not scaled up for it, as in the authors' code: the term has
-    little weight until an image has been seen a few times.
+    They start at 0 and, as in the authors' code, are not scaled up to correct for that:
+    the term has little weight until an image has been seen a few times.
     """
     return beta * t + (1 - beta) * p / p.sum(dim=1, keepdim=True)
 
@@ -72,7 +72,7 @@ def regulariser(p: Tensor, t: Tensor) -> Tensor:
 
     Args:
         p: (N, K), between 1e-4 and 1 - 1e-4, so that 1 - <p, t> is above 0.
-        t: (N, K), which sum to 1 at most.
+        t: (N, K), rows sum to at most 1.
 
     Returns:
         (N,), 0 or less.

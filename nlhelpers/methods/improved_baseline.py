@@ -19,8 +19,8 @@ def improved_baseline(
     Args:
         data: images with noisy labels.
         setup: network and recipe, the same for both trainings.
-        threshold: of stage 1, for the validation labels.
-        at_least: of stage 1, for the validation labels.
+        threshold: as in stage 1 of `two_stage`, for the validation labels.
+        at_least: as in stage 1 of `two_stage`, for the validation labels.
     """
     rule = {"threshold": threshold, "at_least": at_least}
     two_stage.check_shares(**rule)

@@ -1,10 +1,10 @@
 """Joint optimisation of a network and its labels (Tanaka et al. 2018).
 
-While its learning rate stays high, a network does not learn wrong labels by heart. What
-it predicts is then right more often than what it was given, so its own predictions
-become the labels that it trains on, anew after every epoch. Two terms keep it from easy
-ways out: one from predicting a single class for all images, the other from labels that
-say nothing. At last a fresh network, the classifier, is trained on the labels found.
+While its learning rate stays high, a network does not learn wrong labels by heart. Its
+predictions are then right more often than the labels it was given, so after every epoch
+they become the labels that it trains on. Two terms keep it from trivial solutions: one
+from predicting a single class for all images, the other from labels that say nothing.
+Finally a fresh network, the classifier, is trained on the labels found.
 
 Symbols: y = labels as probabilities (N, K), s = the network's probabilities, p = shares
 of the classes among all images (the prior), alpha, beta = weights of L_p and L_e.
@@ -45,10 +45,10 @@ def joint_optimization(
 ) -> Iterator[Event]:
     """Find the labels in stage 1, train the classifier on them in stage 2.
 
-    Defaults are the authors' for CIFAR-10 with symmetric noise; with asymmetric noise
-    it is alpha = 0.8 and beta = 0.4. Each stage takes the recipe's epochs, where the
-    authors have 200 and 120. They average what the network said in training; here it is
-    asked after the epoch, without dropout and augmentation, about all images.
+    The defaults are the authors' for CIFAR-10 with symmetric noise; for asymmetric
+    noise they use alpha = 0.8 and beta = 0.4. Each stage takes the recipe's epochs; the
+    authors' have 200 and 120. They average predictions made during training; here the
+    network predicts all images after the epoch, without dropout or augmentation.
 
     Args:
         data: images with noisy labels.
@@ -56,11 +56,13 @@ def joint_optimization(
         alpha: weight of L_p.
         beta: weight of L_e.
         begin: share of the epochs after which labels are replaced for the first time.
-        past: share of the epochs whose predictions are averaged.
-        labels: "soft" keeps the averaged probabilities, "hard" only the largest.
-        prior: p is "uniform", as for the authors' CIFAR-10, or that of the labels as
-            "given", for classes of different sizes.
-        start_pretrained: whether both networks start pretrained, as on photographs.
+        past: how many of the latest epochs' predictions are averaged, as a share of all
+            epochs.
+        labels: "soft" keeps the averaged probabilities, "hard" only the most probable
+            class.
+        prior: the shares p are "uniform", as the authors have them for CIFAR-10, or
+            those of the labels as "given", for classes of different sizes.
+        start_pretrained: whether both networks start pretrained, as for photographs.
     """
     check(alpha, beta, begin, past, labels, prior)
     start = (yield from pretrained(data, setup)) if start_pretrained else None
@@ -94,7 +96,7 @@ def joint_optimization(
 
 
 def L_p(log_s: Tensor, p: Tensor) -> Tensor:
-    """KL(p || mean of s over the batch), which stands for all images.
+    """KL(p || mean of s over the batch); the batch stands in for all images.
 
     Args:
         log_s: (N, K), log-probabilities.
@@ -129,7 +131,7 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def averaged(predictions: Iterable[Tensor], labels: str) -> Tensor:
-    """The mean of predictions (N, K); of "hard" labels only the largest, as 1."""
+    """The mean of predictions (N, K); for "hard" labels, one-hot at its largest."""
     mean = torch.stack(tuple(predictions)).mean(dim=0)
     return mean if labels == "soft" else one_hot(mean.argmax(dim=1), mean.shape[1])
 
@@ -138,7 +140,7 @@ def averaged(predictions: Iterable[Tensor], labels: str) -> Tensor:
 
 
 def in_epochs(share: float, setup: Setup) -> int:
-    """A share of the recipe's epochs, one epoch at least."""
+    """A share of the recipe's epochs as a number, at least one."""
     return max(1, round(share * setup.recipe.epochs))
 
 

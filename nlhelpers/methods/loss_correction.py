@@ -1,11 +1,12 @@
 """Forward and backward correction of the loss by T (Patrini et al. 2017).
 
-Both make a network learn the true classes from noisy labels, given the T that the noise
-has. Forward correction sends what the network says through the noise before it is
-compared with a label. Backward correction weighs the losses of all labels by T^-1.
+Both make a network learn the true classes from noisy labels, given the T of the noise.
+Forward correction passes the network's prediction through the noise before it is
+compared with a label. Backward correction weights the losses of all labels by T^-1.
 
-T is what a second network says of surely typical images after it has learnt the noisy
-labels; or counted where people checked labels; or known.
+T is known, or counted where people checked labels, or read off a second network that
+has learnt the noisy labels: what it predicts for an image that is surely typical of a
+class is the row of T for that class.
 
 Symbols: T = noise transition matrix, T[i, j] = p(noisy j | true i).
 """
@@ -42,9 +43,10 @@ def forward(
         setup: network and recipe, the same for both networks.
         T: (K, K), or "estimated": counted on the clean set if there is one, else read
             off a network. A run may say "known", for the T of its own noise.
-        percentile: which image of a class is the typical one, by its probability.
-        start_pretrained: whether the networks start from one trained without labels.
-        finetune: whether to end with a training on the clean set.
+        percentile: of a class's probability, at which its typical image is taken.
+        start_pretrained: whether the networks start from one trained without these
+            labels.
+        finetune: whether to fine-tune on the clean set at the end.
     """
     settings = percentile, start_pretrained, finetune
     yield from corrected(forward_loss, data, setup, T, *settings)
@@ -112,7 +114,7 @@ def corrected(
 def read_off(
     setup: Setup, data: NoisyData, percentile: float
 ) -> Generator[Event, None, Tensor]:
-    """Train on the noisy labels as they are, and read T off what comes out."""
+    """Train on the noisy labels as they are, and read T off the predictions."""
     model = setup.build(data)
     for done in train(model, losses.cross_entropy, data, setup):
         yield Auxiliary(done)
@@ -121,7 +123,7 @@ def read_off(
 
 
 def counted(data: NoisyData, verified: Tensor) -> Tensor:
-    """T (K, K) of the clean set's given and true labels."""
+    """T (K, K), counted from the given and the true labels of the clean set."""
     given, true = data.clean_given_labels[verified], data.clean_labels[verified]
     T = noise.estimate_transition(given, true, data.num_classes).cpu()
     if T.isnan().any():

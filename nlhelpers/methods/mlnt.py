@@ -1,15 +1,15 @@
 """Noise-tolerant training by meta-learning, MLNT (Li et al. 2019).
 
-A network should not care which wrong labels it happens to be given. So each step tries
-out what such labels would make of it: part of the batch gets the labels of similar
+A network should not depend on which wrong labels it happens to be given. So each step
+tries out what such labels would do to it: part of the batch gets the labels of similar
 images, one step of gradient descent is taken on them, and the network after this step
-should still predict what a steady teacher does. The teacher is the moving average of
-the network, which is the student; the teacher is the classifier.
+should still predict what a steady teacher does. The network is the student, and its
+moving average is the teacher, which also becomes the classifier.
 
 Symbols: theta = weights of the student, y_hat = synthetic labels, M = how many sets of
 them, rho = share of a batch that is relabelled, alpha = size of the step on y_hat, J =
-how far the student is from the teacher after it, eta = weight of J, gamma = share of
-the teacher's weights that stays.
+how far the student is from the teacher after that step, eta = weight of J, gamma =
+share of the teacher's weights that stays.
 """
 
 import copy
@@ -29,7 +29,7 @@ from nlhelpers.models import Network
 from nlhelpers.pretraining import pretrained
 from nlhelpers.training import Auxiliary, Event, Setup
 
-# While eta rises, the teacher remembers a tenth of the steps that it does afterwards:
+# While eta rises, the teacher remembers a tenth as many steps as it does afterwards:
 # the authors' gamma is 0.99 at first and then 0.999.
 EARLY = 1 / 10
 
@@ -55,15 +55,17 @@ def mlnt(
 
     Args:
         data: images with noisy labels.
-        setup: network and recipe, also of the network that says which images are alike.
-        M: sets of synthetic labels of each batch.
+        setup: network and recipe, also for the network that tells which images are
+            alike.
+        M: sets of synthetic labels for each batch.
         rho: share of the batch that gets another label in each set.
-        neighbours: from how many of the most similar images of the batch it may come.
+        neighbours: that label comes from one of this many most similar images in the
+            batch.
         alpha: in units of the recipe's learning rate, which it equals on CIFAR-10.
-        eta: at its largest; the authors' 1 is that of the smaller J.
-        ramp: share of all steps in which eta rises.
+        eta: its largest value; the authors' 1 goes with a J that is divided by K.
+        ramp: share of all steps over which eta rises.
         memory: steps that the teacher remembers, 1 / (1 - gamma), as a share of all.
-        start_pretrained: whether all networks start pretrained, as on photographs.
+        start_pretrained: whether all networks start pretrained, as for photographs.
     """
     check(setup, M, neighbours, alpha=alpha, eta=eta)
     check_shares(rho=rho, ramp=ramp, memory=memory)
@@ -85,7 +87,7 @@ def mlnt(
             target = pair.teacher(images).softmax(dim=1)
             near = nearest(G[index], neighbours)
             y_hat = synthetic(y[index], near, M, rho)
-        # A loop, as vmap has no batch norm in bfloat16.
+        # A loop, since vmap does not support batch norm in bfloat16.
         J = torch.zeros_like(target[:, 0])
         for labels in y_hat:
             g = gradient(labels)
@@ -105,8 +107,8 @@ def features(
 ) -> Generator[Event, None, Tensor]:
     """Train by cross-entropy, and take deep features at the best validation accuracy.
 
-    The authors take those of the augmented batch in every step, here each image has the
-    same in all.
+    The authors compute them from the augmented batch in every step; here an image has
+    the same features in every step.
 
     Returns:
         (N, d) float32.
@@ -121,11 +123,11 @@ def features(
 
 
 def nearest(G: Tensor, k: int) -> Tensor:
-    """The k images of a batch nearest to each, itself apart.
+    """The k nearest other images in the batch for each image.
 
     Args:
         G: features (B, d).
-        k: how many; in a batch too small for it, all others.
+        k: how many; all others if the batch has fewer.
 
     Returns:
         (B, k) int64, below B.
@@ -136,15 +138,16 @@ def nearest(G: Tensor, k: int) -> Tensor:
 
 
 def synthetic(labels: Tensor, near: Tensor, M: int, rho: float) -> Tensor:
-    """M sets of labels; in each, a share rho has that of a random neighbour.
+    """M sets of labels; in each, a share rho is that of a random neighbour.
 
-    It draws from torch's own state, as dropout does: it is part of a compiled step.
+    It draws from torch's own random state, as dropout does, because it is part of a
+    compiled step.
 
     Args:
         labels: (B,) int64.
-        near: neighbours of each, (B, k) int64.
+        near: neighbours of each image, (B, k) int64.
         M: how many sets.
-        rho: share of each that is exchanged, rounded down to whole labels.
+        rho: share of each set that is replaced, rounded down to whole labels.
 
     Returns:
         (M, B) int64.
@@ -162,11 +165,12 @@ def synthetic(labels: Tensor, near: Tensor, M: int, rho: float) -> Tensor:
 def forward(
     student: nn.Module, theta: Weights, images: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Weights]]:
-    """The student's logits, and what the cross-entropy of labels has as its gradient.
+    """The student's logits, and a function from labels to the gradient of their loss.
 
-    All sets of labels share one pass forward. The gradients are constants, so that of J
-    is of first order. The authors' code sets out to do the same, but what it detaches
-    are copies, so that its gradient of J keeps the term of second order.
+    The loss is cross-entropy. All sets of labels share one forward pass. The gradients
+    count as constants, so that the gradient of J is of first order. The authors' code
+    sets out to do the same, but it detaches copies, so its gradient of J keeps the
+    second-order term.
     """
     logits, pullback = vjp(lambda w: functional_call(student, w, (images,)), theta)
 
@@ -180,11 +184,11 @@ def forward(
 
 
 class StudentAndTeacher(nn.Module):
-    """The student in training, the teacher in evaluation.
+    """The student answers in training mode, the teacher in evaluation mode.
 
-    The authors' teacher is in training too while it teaches. The student does without
-    running statistics of batch norm, which only evaluation needs and which trial steps
-    would spoil; the teacher has its own.
+    While it teaches, the teacher is in training mode too, as in the authors' code. The
+    student's batch norm keeps no running statistics: only evaluation needs them, and
+    trial steps would spoil them. The teacher has its own.
     """
 
     def __init__(self, network: Network, ramp: float, memory: float) -> None:
@@ -192,8 +196,8 @@ class StudentAndTeacher(nn.Module):
 
         Args:
             network: becomes the student.
-            ramp: steps in which eta rises.
-            memory: steps that the teacher remembers after them.
+            ramp: steps over which eta rises.
+            memory: steps that the teacher remembers afterwards.
         """
         super().__init__()
         self.teacher = copy.deepcopy(network).requires_grad_(False)
@@ -210,8 +214,9 @@ class StudentAndTeacher(nn.Module):
     def follow(self) -> None:
         """Move the teacher to gamma * teacher + (1 - gamma) * student.
 
-        At the start of a step, as in the authors' code: the last step of all is not in
-        the teacher. Over the first steps it is the plain mean of the students.
+        This comes at the start of a step, as in the authors' code, so the very last
+        step does not reach the teacher. Over the first steps, the teacher is the plain
+        mean of the students.
         """
         late, early = max(1.0, self.memory), max(1.0, EARLY * self.memory)
         remembered = torch.where(self.steps < self.ramp, early, late)
@@ -222,7 +227,7 @@ class StudentAndTeacher(nn.Module):
         self.steps += 1
 
     def rise(self) -> Tensor:
-        """How much of eta is used in this step, exp(-5 (1 - u)^2) with u up to 1."""
+        """Share of eta used in this step: exp(-5 (1 - u)^2), where u rises to 1."""
         u = (self.steps / self.ramp).clamp(max=1)
         return torch.exp(-5 * (1 - u).square())
 

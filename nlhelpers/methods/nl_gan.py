@@ -1,8 +1,8 @@
-"""A cleanly labelled data set, made up from a noisy one by GANs (Chiaroni et al. 2019).
+"""A cleanly labelled data set, made from a noisy one by GANs (Chiaroni et al. 2019).
 
 A discriminator learns to tell the two noisy labels apart. Two generators learn to make
-images of which it says what it says of truly positive and of truly negative ones. A
-classifier then learns from what they make, and from nothing else.
+images to which it responds as it does to truly positive and truly negative ones. A
+classifier then learns from these generated images alone.
 
 Symbols: P_hat, N_hat = images labelled positive and negative, 0 and 1; D =
 discriminator; G_P, G_N = generators; pi_P, pi_N = fractions of right labels in P_hat
@@ -31,8 +31,8 @@ from nlhelpers.training import Auxiliary, Epoch, Event, Setup
 
 RATE = 2  # the first stage's learning rate, in units of the classifier's
 BETAS = 0.5, 0.999  # of Adam, as in DCGAN
-APART = 2  # standard deviations between two modes; nearer, they are one
-ASKED = 2_000  # images of which D's answers are looked at
+APART = 2  # standard deviations between two modes; any closer, they count as one
+ASKED = 2_000  # images from which D's answers are read off
 
 Distance = Callable[[Tensor, float], Tensor]
 Deltas = tuple[float, float]
@@ -52,25 +52,25 @@ def nl_gan(
     game_epochs: float = 40 / 25,
     warm_up: float = 15 / 25,
 ) -> Iterator[Event]:
-    """Both stages.
+    """Run both stages: the game of D and the generators, then the classifier.
 
     Args:
         data: of two classes, 0 = positive and 1 = negative.
         setup: network and recipe of the classifier.
         pi_P: fraction of right labels in P_hat; None if it is not known.
-        pi_N: the same of N_hat.
-        estimate: whether delta_P and delta_N are read off D's answers, as they are in
-            any case if pi_P and pi_N are not known.
+        pi_N: the same for N_hat.
+        estimate: whether delta_P and delta_N are read off D's answers; they always are
+            if pi_P and pi_N are not known.
         alpha: weight of real images in D's loss.
-        beta: weight of generated ones.
+        beta: weight of generated images in D's loss.
         distance: H, one of DISTANCES.
         spectral: which layers of D are spectrally normalised, one of `gan.SPECTRAL`.
-            With the convolutions alone, as in section 3.1, D soon knows the labels of
-            few images by heart; with all layers it does not.
-        game_epochs: of the first stage, in units of the classifier's: 40 / 25 on MNIST,
-            500 / 25 on CIFAR-10 (section 3.1).
-        warm_up: epochs, in the same units, that D trains alone if the deltas are read
-            off its answers (15 in Figure 1).
+            With the convolutions alone, as in section 3.1, D soon learns the labels by
+            heart if there are few images; with all layers it does not.
+        game_epochs: epochs of the first stage, in units of the classifier's: 40 / 25 on
+            MNIST, 500 / 25 on CIFAR-10 (section 3.1).
+        warm_up: epochs, in the same units, for which D first trains alone if the deltas
+            are read off its answers (15 in Figure 1).
     """
     pi = None if pi_P is None and pi_N is None else binary.check_pi((pi_P, pi_N))
     check_data(data)
@@ -91,7 +91,7 @@ def nl_gan(
 
 
 def times(share: float, epochs: int) -> int:
-    """A multiple of a number of epochs, one at least."""
+    """A multiple of a number of epochs, rounded, but at least one."""
     return max(1, round(share * epochs))
 
 
@@ -104,7 +104,7 @@ def deltas(pi_P: float, pi_N: float) -> Deltas:
 
 
 class OneModeError(ValueError):
-    """D's answers do not fall into two groups, so that nothing can be read off them."""
+    """D's answers do not fall into two groups, so nothing can be read off them."""
 
 
 def estimated_deltas(answers: Tensor) -> Deltas:
@@ -130,7 +130,7 @@ def estimated_deltas(answers: Tensor) -> Deltas:
 
 
 def read_off(answers: Tensor, pi: tuple[float, float] | None) -> Deltas:
-    """`estimated_deltas`; if they fail, those of a known `pi`, with a warning."""
+    """`estimated_deltas` or, if that fails, `deltas` of a known `pi` and a warning."""
     try:
         return estimated_deltas(answers)
     except OneModeError as error:
@@ -157,7 +157,7 @@ DISTANCES = ("cross-entropy", "mse")
 
 
 def distance_of(name: str) -> Distance:
-    """H by its name, one of DISTANCES; raises ValueError for another."""
+    """H by its name, one of DISTANCES; raises ValueError for any other name."""
     if name == "cross-entropy":
         return cross_entropy_to
     if name == "mse":
@@ -171,14 +171,14 @@ def noisy_loss(on_P_hat: Tensor, on_N_hat: Tensor, H: Distance) -> Tensor:
 
 
 def adversarial_loss(on_G_P: Tensor, on_G_N: Tensor, H: Distance) -> Tensor:
-    """What beta weighs in Eq. 5: generated images get the label that they are not."""
+    """The term of weight beta in Eq. 5: generated images get the opposite label."""
     return H(on_G_P, 1.0) + H(on_G_N, 0.0)
 
 
 def generators_loss(
     on_G_P: Tensor, on_G_N: Tensor, targets: Deltas, H: Distance
 ) -> Tensor:
-    """L_GP + L_GN of Eq. 4; each has gradients for its own generator alone."""
+    """L_GP + L_GN of Eq. 4; each term has gradients for its own generator alone."""
     delta_P, delta_N = targets
     return H(on_G_P, delta_P) + H(on_G_N, delta_N)
 
@@ -187,12 +187,12 @@ def generators_loss(
 
 
 class Game:
-    """The players, with their optimisers and what they play for."""
+    """The players, with their optimisers and their losses."""
 
     def __init__(
         self, players: Players, rate: float, H: Distance, alpha: float, beta: float
     ) -> None:
-        """Take the players, who are trained in place, and a learning rate."""
+        """Take the players, which are trained in place, and the settings."""
         self.players, self.rate = players, rate
         self.H, self.alpha, self.beta = H, alpha, beta
         self.recorded = graphs.used_on(next(players.parameters()).device)
@@ -205,7 +205,7 @@ class Game:
             self.loss_G = torch.compile(self.loss_G)
 
     def step(self, real: Tensor, z: Tensor, targets: Deltas | None) -> Tensor:
-        """A step of the generators, then one of D; without targets, of D alone.
+        """Take a step of the generators, then one of D; without targets, only D's.
 
         Args:
             real: (B, C, H, W) in [-1, 1], the first half P_hat, the second N_hat.
@@ -213,7 +213,7 @@ class Game:
             targets: delta_P and delta_N.
 
         Returns:
-            L_D of Eq. 5, or L_Noisy of Eq. 2 if D is alone.
+            L_D of Eq. 5, or L_Noisy of Eq. 2 if D trains alone.
         """
         precision = training.autocast(self.players, real.device)
         fake = None
@@ -251,7 +251,7 @@ def descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
 
 @contextlib.contextmanager
 def still(D: nn.Module) -> Iterator[None]:
-    """D without dropout and without gradients, as the generators' steps want it."""
+    """D without dropout and without gradients, as the generators' steps need it."""
     D.eval().requires_grad_(False)
     yield
     D.train().requires_grad_(True)
@@ -263,11 +263,11 @@ def play(
     """Train the players, and yield after every epoch.
 
     Args:
-        game: with the players, in place.
+        game: whose players are trained in place.
         data: images with noisy labels.
         setup: gives the batch size and the generator.
         epochs: how many.
-        targets: delta_P and delta_N; None lets D play alone.
+        targets: delta_P and delta_N; None trains D alone.
     """
     players = game.players
     stage = "warm-up" if targets is None else "game"

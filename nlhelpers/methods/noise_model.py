@@ -1,7 +1,7 @@
 """Learning from massive noisy labelled data (Xiao et al. 2015).
 
-Two networks: one for the class, one for the type of the label noise. EM on the noisy
-labels, together with a clean set that keeps both from drifting.
+One network predicts the class, another the type of the label noise. Both are trained by
+EM on the noisy labels, together with a clean set that keeps them from drifting.
 
 Symbols: y = the true class, z = the noise type, y_noisy (the paper's y with a tilde) =
 the label as given, C = the confusion matrix, L = the number of classes, q = posterior.
@@ -33,18 +33,19 @@ def noise_model(
 ) -> Iterator[Event]:
     """Train both networks on the clean set, then both on everything by EM.
 
-    The second starts with the first one's convolutions and trains for a short time at a
-    low rate. The paper does not say so; the authors' published code for CIFAR-10 does
-    (three tenths of the steps; its last layer alone has the first one's rate).
-    A longer training makes it so sure of the given labels that nothing overrules one.
+    On the clean set, the second network starts with the convolutions of the first and
+    trains for a short time at a low rate. The paper does not say so; the authors'
+    published code for CIFAR-10 does (three tenths of the steps; only its last layer
+    has the rate of the first network). If it trains longer, it becomes so sure of the
+    given labels that none is ever overruled.
 
     Args:
         data: images with noisy labels, and a clean set.
         setup: network and recipe.
         start_pretrained: whether the class network starts pretrained, as in row 6.
-        clean_share: of clean images in a batch; 1/3 upsamples them to half the amount
-            of the noisy ones (section 4).
-        types_epochs: of the second network on the clean set, as a share of the
+        clean_share: share of clean images in a batch; 1/3 upsamples them to half the
+            number of noisy ones (section 4).
+        types_epochs: epochs of the second network on the clean set, as a share of the
             recipe's.
         types_rate: its learning rate there, as a share of the recipe's.
     """
@@ -70,10 +71,10 @@ def noise_model(
 
 
 class TwoNetworks(nn.Module):
-    """p(y | x) and p(z | x); asked for a prediction, it answers with the class."""
+    """Networks for p(y | x) and p(z | x); the prediction is the class."""
 
     def __init__(self, classes: Network, types: Network) -> None:
-        """Keep both."""
+        """Keep both networks."""
         super().__init__()
         self.classes = classes
         self.types = types
@@ -123,7 +124,7 @@ def posterior(joint: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_likelihood(joint: Tensor) -> Tensor:
-    """Log p(y_noisy | x) (N,), which EM never lowers, from `log_joint`."""
+    """Log p(y_noisy | x) (N,), from `log_joint`; EM never lowers it."""
     return joint.flatten(1).logsumexp(dim=1)
 
 
@@ -136,7 +137,7 @@ def soft_cross_entropy(logits: Tensor, q: Tensor) -> Tensor:
 
 
 def for_types(setup: Setup, epochs: float, rate: float) -> Setup:
-    """The setup with shares of its epochs, one at least, and of its learning rate."""
+    """The setup with a share of its epochs (at least one) and of its learning rate."""
     for name, share in (("types_epochs", epochs), ("types_rate", rate)):
         if not 0 < share <= 1:
             raise ValueError(f"{name} is {share!r}; it must be in (0, 1]")
@@ -148,7 +149,7 @@ def for_types(setup: Setup, epochs: float, rate: float) -> Setup:
 
 
 def copy_convolutions(source: Network, target: Network) -> None:
-    """Start the convolutions of `target` where those of `source` have come to."""
+    """Copy the convolutions of `source`, with their batch norms, to `target`."""
     for given, own in zip(source.body.modules(), target.body.modules(), strict=True):
         if isinstance(own, nn.Conv2d | nn.BatchNorm2d):
             own.load_state_dict(given.state_dict())
@@ -185,7 +186,7 @@ def em(
 ) -> Iterator[Event]:
     """Train both networks on clean and noisy images together, in place.
 
-    On a clean image both are told; on a noisy one the E-step tells them.
+    On a clean image both targets are given; on a noisy one the E-step supplies them.
 
     Args:
         networks: pretrained on the clean set.
@@ -193,11 +194,11 @@ def em(
         z: (M,) noise types of the clean set, or UNKNOWN.
         model: p(y_noisy | y, z), (Z, L, L).
         setup: recipe and generator.
-        clean_share: of clean images in a batch.
+        clean_share: share of clean images in a batch.
     """
     model = model.to(z.device)
     images = batches.joined(data.clean_images, data.images)
-    y = torch.cat([data.clean_labels, data.labels])  # the noisy ones count as y_noisy
+    y = torch.cat([data.clean_labels, data.labels])  # the noisy ones serve as y_noisy
     M = len(z)
 
     def step(networks: nn.Module, index: Tensor, images: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def em(
         with torch.no_grad():  # E-step
             q_y, q_z = posterior(log_joint(y_logits, z_logits, y[index], model))
             told_y = F.one_hot(y[index], q_y.shape[1]).to(q_y)
-            types = z[index.clamp(max=M - 1)]  # of an unknown one nothing is told
+            types = z[index.clamp(max=M - 1)]  # an unknown type gives no target
             told_z = F.one_hot(types.clamp(min=0), q_z.shape[1]).to(q_z)
             told_z = told_z * (types != UNKNOWN)[:, None]
             q_y = torch.where(clean[:, None], told_y, q_y)
@@ -228,9 +229,9 @@ def em(
 def mixed_batches(
     data: NoisyData, setup: Setup, clean_share: float
 ) -> Iterator[Tensor]:
-    """Indices into clean and then noisy images; every batch has its share of both.
+    """Indices into the clean, then the noisy images; every batch has a share of both.
 
-    An epoch is as many images as there are in all.
+    An epoch has as many images as there are in all.
     """
     M, N = len(data.clean_labels), len(data.labels)
     batch_size = min(setup.recipe.batch_size, M + N)
@@ -243,6 +244,6 @@ def mixed_batches(
 
 
 def check_share(clean_share: float) -> None:
-    """Raise ValueError unless both kinds of images have a place in a batch."""
+    """Raise ValueError unless both kinds of images have a share in a batch."""
     if not 0 < clean_share < 1:
         raise ValueError(f"clean_share is {clean_share!r}; it must be in (0, 1)")

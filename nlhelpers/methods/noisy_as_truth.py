@@ -34,7 +34,7 @@ def noisy_as_truth_after_clean(data: NoisyData, setup: Setup) -> Iterator[Event]
 
 
 def train_on_all(data: NoisyData, setup: Setup, network: Network) -> Iterator[Event]:
-    """Cross-entropy on the clean and the noisy labels, in place."""
+    """Train a network in place, by cross-entropy on the clean and the noisy labels."""
     images = batches.joined(data.clean_images, data.images)
     labels = torch.cat([data.clean_labels, data.labels])
 

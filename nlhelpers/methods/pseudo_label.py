@@ -1,11 +1,11 @@
 """Pseudo-label (Lee 2013): row 1 of Ding et al. (2018), Table 4.
 
 Semi-supervised learning with the clean set as the labelled images. All labels of the
-noisy images are forgotten; in every step the class that the network finds most probable
-stands in for the label, and this counts more and more as training goes on.
+noisy images are discarded; in every step the class that the network finds most probable
+stands in for the label, with a weight that grows as training goes on.
 
 Symbols: y = clean labels, y' = pseudo-labels, a(t) = weight of the images without a
-label at time t, T1 and T2 = when it begins and ends to rise, a_f = its last value.
+label at time t, T1 and T2 = when it starts and stops rising, a_f = its final value.
 """
 
 import math
@@ -30,20 +30,20 @@ def pseudo_label(
     T1: float = 0.1,
     T2: float = 0.6,
 ) -> Iterator[Event]:
-    """Train on the clean images, then on all with pseudo-labels.
+    """Train on the clean images, then on all images with pseudo-labels.
 
     Lee draws 32 labelled and 256 unlabelled images for a step; here half of a batch is
-    labelled, as in the other methods with a clean set. The mean of each part is taken
+    labelled, as in the two-stage method. The mean of each part is taken
     first, so that their sizes do not change what a(t) means.
 
     Args:
-        data: images, whose noisy labels are not looked at, and a clean set.
+        data: images, whose noisy labels are ignored, and a clean set.
         setup: network and recipe, the same for all trainings.
         start_pretrained: whether the network starts pretrained, as in row 9.
-        a_f: the last a(t).
-        T1: until when a(t) is 0, as a share of the epochs. The paper's is 100 epochs;
-            we know of no total and take it to be 1,000.
-        T2: from when it is a_f; the paper's is 600 epochs.
+        a_f: the final a(t).
+        T1: time up to which a(t) is 0, as a share of the epochs. The paper has 100
+            epochs; we know of no total and take it to be 1,000.
+        T2: time from which a(t) is a_f; the paper has 600 epochs.
     """
     check(a_f, T1, T2)
     network = yield from train_on_clean(data, setup, start_pretrained=start_pretrained)
@@ -76,7 +76,7 @@ def pseudo_label(
 
 
 def weight(t: float, a_f: float, T1: float, T2: float) -> float:
-    """a(t) of Eq. 16: 0 before T1, a_f from T2 on, and a straight line between."""
+    """a(t) of Eq. 16: 0 before T1, a_f from T2 on, and linear in between."""
     if t < T1:
         return 0.0
     if t >= T2:
@@ -85,7 +85,7 @@ def weight(t: float, a_f: float, T1: float, T2: float) -> float:
 
 
 def check(a_f: float, T1: float, T2: float) -> None:
-    """Raise ValueError unless a(t) is a weight that does not fall."""
+    """Raise ValueError unless a(t) is a weight that never falls."""
     if not 0 <= a_f < math.inf:
         raise ValueError(f"a_f is {a_f!r}; it must be 0 or more")
     if not 0 <= T1 <= 1:

@@ -1,7 +1,7 @@
 """Learning with confident examples (Northcutt, Wu and Chuang 2017), Algorithm 1.
 
-Networks that never saw an image say how probable its label is. From that follow the
-noise rates, from these how many labels are wrong; so many of the least probable ones
+Networks that never saw an image say how probable its label is. This gives the noise
+rates, and these give the number of wrong labels. That many of the least probable labels
 are left out, and a fresh network is trained on the rest.
 
 Symbols: as in `nlhelpers.pruning`. Class 0 is the paper's positive class, s = 1.
@@ -26,9 +26,9 @@ def rank_pruning(
     Args:
         data: images of two classes with noisy labels.
         setup: network and recipe, the same for every training.
-        folds: networks that predict, each what it was not trained on.
-        grouped: keep the copies of an image in one fold. Else, where images are
-            repeated, a network has seen what it predicts.
+        folds: number of networks, each predicting the images it was not trained on.
+        grouped: whether to keep the copies of an image in one fold. Otherwise, where
+            images are repeated, a network has seen what it predicts.
 
     Raises:
         ValueError: if there are not two classes, or too few images for the folds, or
@@ -50,7 +50,8 @@ def rank_pruning(
         for done in fit_on(index, alike, model, data, setup, stage):
             yield Auxiliary(done)
         g[held] = predict_once(model, data.images, held, group)
-    # Several processes must prune the same, though their networks may round otherwise.
+    # All processes must prune the same labels, though their networks may round
+    # differently.
     found = pruning.prune(training.agreed(g), s)
     kept = torch.from_numpy(found.kept).to(device)
     yield Screening(kept)
@@ -73,7 +74,7 @@ def fit_on(
 
     Args:
         index: (M,) int64, which images.
-        weight: (N,), of every image.
+        weight: (N,), one for every image.
         model: trained in place.
         data: images with noisy labels.
         setup: recipe and generator.
@@ -102,15 +103,16 @@ def predict_once(
     held: np.ndarray,
     group: np.ndarray | None,
 ) -> np.ndarray:
-    """Predict g of the held-out images; copies are predicted once.
+    """Predict g for the held-out images; copies are predicted once.
 
-    Predicted apart they may differ by rounding, and some be pruned without the others.
+    If predicted separately, copies might differ by rounding, and some be pruned without
+    the others.
 
     Args:
-        model: was not trained on them.
+        model: not trained on these images.
         images: all N.
         held: (H,) int64, which ones are held out.
-        group: (N,), the same number for copies; None if there are none.
+        group: (N,), the same number for copies; None to predict every image by itself.
 
     Returns:
         (H,) float64.
@@ -132,5 +134,5 @@ def draw_seed(setup: Setup) -> int:
 
 
 def copies(images: Tensor) -> np.ndarray:
-    """A number for each image, the same for images of the same bytes: (N,) int64."""
+    """A number for each image, the same for images with the same bytes: (N,) int64."""
     return torch.unique(images.flatten(1), dim=0, return_inverse=True)[1].cpu().numpy()

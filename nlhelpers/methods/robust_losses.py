@@ -1,8 +1,8 @@
-"""Losses that bear noise: cross-entropy's training with another loss in its place.
+"""Losses that tolerate noise, each in place of cross-entropy in plain training.
 
 The first five are rows of Ding et al. (2018), Table 3, whose numbers come from the
-program of Patrini et al. (2017); defaults are that program's, and for the hard
-bootstrap, which it lacks, those of Reed et al. (2015). The last two are newer.
+program of Patrini et al. (2017). The defaults are those of that program or, for the
+hard bootstrap, which it lacks, those of Reed et al. (2015). The last two are newer.
 Settings are named as in `nlhelpers.losses`.
 """
 
@@ -38,7 +38,7 @@ def savage(data: NoisyData, setup: Setup) -> Iterator[Event]:
 def bootstrap_soft(
     data: NoisyData, setup: Setup, *, beta: float = 0.95
 ) -> Iterator[Event]:
-    """Soft bootstrapping: in part, learn what you say (Reed et al. 2015)."""
+    """Soft bootstrapping: targets include the predictions (Reed et al. 2015)."""
     check(beta=(beta, 0, 1))
     loss = functools.partial(losses.bootstrap_soft, beta=beta)
     yield from train(setup.build(data), loss, data, setup)
@@ -47,7 +47,7 @@ def bootstrap_soft(
 def bootstrap_hard(
     data: NoisyData, setup: Setup, *, beta: float = 0.8
 ) -> Iterator[Event]:
-    """Hard bootstrapping: in part, learn what you predict (Reed et al. 2015)."""
+    """Hard bootstrapping: targets include the predicted class (Reed et al. 2015)."""
     check(beta=(beta, 0, 1))
     loss = functools.partial(losses.bootstrap_hard, beta=beta)
     yield from train(setup.build(data), loss, data, setup)
@@ -56,7 +56,7 @@ def bootstrap_hard(
 def generalised_cross_entropy(
     data: NoisyData, setup: Setup, *, q: float = 0.7
 ) -> Iterator[Event]:
-    """Between cross-entropy and the mean absolute error (Zhang and Sabuncu 2018)."""
+    """A loss between cross-entropy and mean absolute error (Zhang and Sabuncu 2018)."""
     check(q=(q, 1e-6, 1))
     loss = functools.partial(losses.generalised_cross_entropy, q=q)
     yield from train(setup.build(data), loss, data, setup)
@@ -70,7 +70,7 @@ def symmetric_cross_entropy(
     beta: float = 1.0,
     A: float = -4.0,
 ) -> Iterator[Event]:
-    """Cross-entropy and its reverse (Wang et al. 2019); the defaults are CIFAR-10's."""
+    """Cross-entropy plus its reverse (Wang et al. 2019); defaults are for CIFAR-10."""
     check(alpha=(alpha, 0, 1e6), beta=(beta, 0, 1e6), A=(A, -1e6, 0))
     loss = functools.partial(
         losses.symmetric_cross_entropy, alpha=alpha, beta=beta, A=A
@@ -85,7 +85,7 @@ def train(
     setup: Setup,
     stage: str = "training",
 ) -> Iterator[Epoch]:
-    """Minimise the mean of a loss of noisy labels."""
+    """Minimise the mean of a loss on the noisy labels."""
 
     def step(model: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         return loss(model(images), data.labels[index]).mean()
@@ -94,10 +94,10 @@ def train(
 
 
 def normalised(data: NoisyData, setup: Setup) -> nn.Module:
-    """A network whose outputs are batch-normalised: the "BN" of the table.
+    """A network with batch-normalised outputs: the "BN" of the table.
 
-    These losses have no softmax, and the unhinged one falls without end as the outputs
-    grow.
+    The losses that need it have no softmax, and the unhinged one falls without bound as
+    the outputs grow.
     """
     body = setup.build(data)
     bounded = nn.BatchNorm1d(data.num_classes, device=data.labels.device)

@@ -2,11 +2,11 @@
 
 After some plain epochs, training and label correction take turns: before each epoch a
 few prototypes of every class are chosen among its images, every training image gets
-the label of the prototypes that it is most similar to, and the epoch trains on the
-given and on the corrected labels.
+the label of the prototypes that it is most similar to, and the epoch trains on both the
+given and the corrected labels.
 
 Symbols: y = labels as given, y_hat = corrected labels, alpha = their weight in the
-loss, m = images sampled of a class, p = prototypes of a class, G(x) = deep features.
+loss, m = images sampled per class, p = prototypes per class, G(x) = deep features.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from nlhelpers.pretraining import pretrained
 from nlhelpers.prototypes import Rule, Selector
 from nlhelpers.training import Correction, Epoch, Event, Setup
 
-# Fine-tuning is a quarter as long as training, at a tenth of its rate.
+# Fine-tuning is a quarter as long as training, at a tenth of its learning rate.
 FINETUNE_EPOCHS, FINETUNE_RATE = 1 / 4, 1 / 10
 
 
@@ -48,16 +48,16 @@ def self_learning(
         data: images with noisy labels; a clean set is the slides' "25k verify".
         setup: network and recipe.
         alpha: weight of the corrected labels in the loss, in [0, 1].
-        start_epoch: the first one that trains on corrected labels; None is the first
-            after a third of all.
-        num_samples: m; of a class with fewer images, all.
+        start_epoch: the first epoch that trains on corrected labels; None is the first
+            after a third of all epochs.
+        num_samples: m; a class with fewer images gives all of them.
         num_prototypes: p.
         selector: one of `prototypes.SELECTORS`.
         S_c: similarity of neighbours, as in `prototypes.Rule`.
         top: the share of similarities that sets S_c if it is None.
         eta: the largest similarity of a prototype to a denser image.
-        start_pretrained: whether the network starts pretrained, as on photographs.
-        finetune: whether to end with a training on the clean set, the slides' "50k
+        start_pretrained: whether the network starts pretrained, as for photographs.
+        finetune: whether to fine-tune on the clean set at the end, the slides' "50k
             clean".
     """
     first = checked_start(start_epoch, setup.recipe.epochs)
@@ -66,7 +66,7 @@ def self_learning(
     start = (yield from pretrained(data, setup)) if start_pretrained else None
     network = start or setup.build(data)
     y, y_hat = data.labels, data.labels.clone()
-    weight = torch.zeros((), device=y.device)  # alpha, as soon as y_hat is corrected
+    weight = torch.zeros((), device=y.device)  # alpha, once y_hat has been corrected
 
     def step(network: nn.Module, index: Tensor, images: Tensor) -> Tensor:
         logits = network(images)
@@ -91,7 +91,7 @@ def self_learning(
 def train(
     network: Network, data: NoisyData, setup: Setup, step: training.Step
 ) -> Iterator[Epoch]:
-    """Epochs on all noisy images, validated on labels as noisy."""
+    """Train on all noisy images, validated on labels that are as noisy."""
     return training.fit(
         network,
         data.images,
@@ -114,7 +114,7 @@ def find_classes(
     rule: Rule,
     setup: Setup,
 ) -> Tensor:
-    """Choose p of m images of every class: what stands for the classes, (K, d)."""
+    """Choose p of m images per class; return their mean directions (K, d)."""
     verified = len(data.clean_labels) > 0
     images = data.clean_images if verified else data.images
     labels = data.clean_labels if verified else data.labels

@@ -1,10 +1,11 @@
 """A semi-supervised two-stage approach to learning from noisy labels (Ding 2018).
 
 Stage 1 trains a classifier on the noisy labels and keeps the few labels that it agrees
-with most. Stage 2 forgets all other labels and goes on with semi-supervised learning.
+with most. Stage 2 discards all other labels and continues with semi-supervised
+learning.
 
 Symbols: c = a class, n = images per class, z = softmax output, alpha = balance cost
-(Eq. 2); of the temporal ensemble (Laine and Aila 2017, Algorithm 2): Z = accumulated
+(Eq. 2); for the temporal ensemble (Laine and Aila 2017, Algorithm 2): Z = accumulated
 predictions, a = decay, t = epochs accumulated.
 """
 
@@ -19,8 +20,8 @@ from nlhelpers.data import NoisyData
 from nlhelpers.training import Event, Screening, Setup
 
 # Of 300 epochs, the weight of Laine and Aila (2017) rises for 80, and their learning
-# rate falls for the last 50. By that curve we let the weight fall: section 3.2 has a
-# "ramp-down" of it, and does not say which.
+# rate falls for the last 50. We let the weight fall along that curve: section 3.2
+# mentions a "ramp-down" of it and does not say which.
 RAMP_UP, RAMP_DOWN = 80 / 300, 50 / 300
 # Their largest weights, for the squared difference averaged over the classes.
 LARGEST = {"temporal": 30.0, "pi": 100.0}
@@ -42,27 +43,27 @@ def two_stage(
     noise_std: float = 0.15,
     dropout: float = 0.2,
 ) -> Iterator[Event]:
-    """Both stages. If the data have a clean set, stage 1 screens with it.
+    """Run both stages. If the data have a clean set, stage 1 screens with it.
 
     Args:
         data: images with noisy labels.
         setup: network and recipe, the same for both stages.
-        threshold: probability from which a consistent label is kept. It and both shares
-            are for stage 1 without a clean set; with one they have no say.
+        threshold: probability from which a consistent label is kept. This and the two
+            shares are for stage 1 without a clean set; with one they have no effect.
         at_least: share of each class that is kept in any case, the most probable first,
             unless it is above `at_most`.
-        at_most: share of each class that is kept at most; with `at_least` the same,
+        at_most: largest share of each class that is kept; if `at_least` is the same,
             exactly that share is kept (Table 1).
         consistency: "temporal" ensembling, or the "pi" model (Algorithm 1).
         alpha: largest weight of the consistency term in Eq. 2; None is Laine and Aila's
-            30 ("temporal") or 100 ("pi") over K.
-        fixed_alpha: hold alpha constant, as the paper does on large data.
+            30 ("temporal") or 100 ("pi") divided by K.
+        fixed_alpha: whether to hold alpha constant, as the paper does on large data.
         decay: a of the temporal ensemble.
-        noise_std: of the Gaussian noise layer in stage 2; 1 is the full range of a
-            pixel. The paper names none; 0.15 is Laine and Aila's, whose pixels have a
-            standard deviation of 1.
-        dropout: in stage 2, inside the residual units of "resnet14"; of "resnet50"
-            before its last layer.
+        noise_std: standard deviation of the Gaussian noise layer in stage 2; 1 is the
+            full range of a pixel. The paper gives no value; 0.15 is Laine and Aila's,
+            whose pixels have a standard deviation of 1.
+        dropout: in stage 2, inside the residual units of "resnet14", or before the last
+            layer of "resnet50".
     """
     shares = {"threshold": threshold, "at_least": at_least, "at_most": at_most}
     check_shares(**shares, dropout=dropout)
@@ -115,7 +116,7 @@ def stage1(
     Args:
         data: images with noisy labels.
         setup: network and recipe.
-        rule: how `likely_correct` decides.
+        rule: settings of `likely_correct`.
 
     Returns:
         The network, and which labels pass: (N,) and (V,) bool.
@@ -135,11 +136,12 @@ def likely_correct(
     at_least: float = 0.1,
     at_most: float = 1.0,
 ) -> Tensor:
-    """Which labels to keep: consistent ones with P(c|x) >= threshold, at least the top.
+    """Keep consistent labels with P(c|x) >= threshold, and at least a top share.
 
     Within each class c the images are ranked by P(c|x), those predicted to be c first.
-    A class that passes fewer than its `at_least` share is filled up down this ranking
-    (beyond the consistent images only when those run out; the paper is silent there).
+    If fewer than the `at_least` share of a class pass, it is filled up along this
+    ranking (beyond the consistent images only when those run out; the paper is silent
+    on that).
 
     Args:
         probs: P(.|x), (N, K).
@@ -170,13 +172,13 @@ def likely_correct(
 def stage1_with_clean_set(
     data: NoisyData, setup: Setup
 ) -> Generator[Event, None, Screened]:
-    """Pre-train on all noisy labels; binary classifiers of the clean set screen them.
+    """Pre-train on all noisy labels; classifiers trained on the clean set screen them.
 
-    The K one-vs-rest classifiers share all layers but the last. A label c is removed
-    where the classifier of c says "not c".
+    The K binary one-vs-rest classifiers share all layers but the last. A label c is
+    removed where the classifier of c says "not c".
 
     Returns:
-        As `stage1`.
+        As for `stage1`.
     """
     model, judge = setup.build(data), setup.build(data)
     yield from train_balanced(model, data, setup, validation(data), "stage 1")
@@ -212,9 +214,9 @@ def stage2(
     alpha: "Balance",
     term: "Pi | TemporalEnsemble",
 ) -> Iterator[Event]:
-    """Minimise Eq. 2 over batches of which half is labelled, balanced over the classes.
+    """Minimise Eq. 2 over batches whose first half is labelled and class-balanced.
 
-    An epoch is as many images as there are in all. Where nothing is unlabelled, the
+    An epoch has as many images as there are in all. If no image is unlabelled, the
     second half comes from all images.
     """
     if not labelled.any():
@@ -223,7 +225,7 @@ def stage2(
     seeds = labelled.nonzero().squeeze(1)
     others = (~labelled).nonzero().squeeze(1)
     others = others if len(others) else torch.arange(len(images), device=images.device)
-    size = len(images) // (2 * half) * half  # of either half in an epoch
+    size = len(images) // (2 * half) * half  # images of either half in an epoch
 
     def epoch() -> Iterator[Tensor]:
         known = batches.repeated_by_class(labels[seeds], size, setup.generator)
@@ -256,7 +258,7 @@ def stage2(
 
 
 class Balance:
-    """alpha of Eq. 2: constant, or up and down by Laine and Aila's ramps."""
+    """alpha of Eq. 2: constant, or rising and falling by Laine and Aila's ramps."""
 
     def __init__(
         self, largest: float, fixed: bool, epochs: int, device: torch.device
@@ -270,7 +272,7 @@ class Balance:
         self.now.fill_(self.at(epoch))
 
     def at(self, epoch: int) -> float:
-        """The value in an epoch, counted from 1; 0 in the first where it ramps up.
+        """The value in an epoch, counted from 1; 0 in the first if it ramps up.
 
         It rises as exp(-5 (1 - t)^2), as in Laine and Aila (2017), and falls as their
         learning rate does, exp(-12.5 t^2), t in [0, 1] over the ramp.
@@ -286,7 +288,7 @@ class Balance:
 
 
 class Pi:
-    """The Pi model: compare with a second look at the same images (Algorithm 1)."""
+    """The Pi model: compare with a second view of the same images (Algorithm 1)."""
 
     views = 2
 
@@ -298,7 +300,7 @@ class Pi:
     def other(
         self, model: nn.Module, index: Tensor, logits: Tensor, again: Tensor
     ) -> Tensor:
-        """z2 (B, K): the network on another augmentation, under other dropout."""
+        """z2 (B, K): the network on another augmentation, under different dropout."""
         return model(again).softmax(dim=1)
 
     def end_epoch(self) -> None:
@@ -373,8 +375,8 @@ def validation(
 ) -> Callable[[nn.Module], float]:
     """Accuracy on the validation labels, or on those that stage 1 kept.
 
-    Classes weigh the same, as they do in training: an unbalanced measure would prefer
-    the very epochs that follow the majority of the noisy labels.
+    Classes have equal weight, as they do in training: an unbalanced measure would
+    prefer the very epochs that follow the majority of the noisy labels.
     """
     images, labels = data.val_images, data.val_labels
     if kept is not None and kept.any():

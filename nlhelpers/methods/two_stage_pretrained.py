@@ -1,9 +1,9 @@
 """The two-stage method as on Clothing1M: Ding et al. (2018), section 4.3 and Table 4.
 
 Networks start from weights that were learnt without these labels, outputs are compared
-by the Pi model (section 3.2; the introduction says temporal ensembling), alpha stays
-the same, and in the end the network may be fine-tuned on the clean set. The paper
-trains with Adam; the recipe here is that of all methods on Clothing1M.
+by the Pi model (section 3.2; the introduction says temporal ensembling), alpha is
+constant, and at the end the network may be fine-tuned on the clean set. The paper
+trains with Adam; here the recipe is the one for all methods on Clothing1M.
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,15 @@ def two_stage_pretrained(
     screen: bool = True,
     finetune: bool = False,
 ) -> Iterator[Event]:
-    """Both stages from pretrained weights, then perhaps a training on the clean set.
+    """Run both stages from pretrained weights; optionally fine-tune on the clean set.
 
     Args:
         data: images with noisy labels.
         setup: network and recipe, the same for all stages.
         alpha: weight of the consistency term in Eq. 2, the same in all epochs.
         screen: whether stage 1 screens with the clean set, if there is one (rows 8 and
-            13), or without it all the same (row 12).
-        finetune: whether to end with a training on the clean set (rows 12 and 13).
+            13); if False, it screens without it (row 12).
+        finetune: whether to fine-tune on the clean set at the end (rows 12 and 13).
     """
     check_finetune(data, finetune)
     started = yield from begun(data, setup, start_pretrained=True)

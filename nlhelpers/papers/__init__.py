@@ -1,4 +1,4 @@
-"""The published tables as data: one file per paper, every value with its cell's run."""
+"""The published tables as data: one file per paper, each value with its cell's run."""
 
 from nlhelpers.papers import chiaroni2019, ding2018, han2019, xiao2015
 from nlhelpers.papers.table import Cell, Table

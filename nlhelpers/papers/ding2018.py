@@ -1,7 +1,7 @@
 """Ding, Wang, Fan and Gong (2018): the published tables.
 
-Accuracies are in percent. Of Table 3, the rows above "cross-entropy" are quoted by the
-paper from Patrini et al. (2017), its reference [37].
+Accuracies are in percent. In Table 3, the paper quotes the rows above "cross-entropy"
+from Patrini et al. (2017), its reference [37].
 """
 
 from nlhelpers.papers.table import Cell, Table
@@ -34,8 +34,8 @@ METHODS = {
     "ours": "two-stage",
 }
 
-# What the paper quotes from [37] is, by that paper's program, the network of the epoch
-# that is best on the validation set.
+# What the paper quotes from [37] is, going by that paper's program, the network of the
+# epoch that is best on the validation set.
 QUOTED = tuple(METHODS)[: tuple(METHODS).index("forward") + 1]
 
 # row: four CIFAR-10 accuracies, then four of MNIST with their standard deviations.
@@ -155,7 +155,7 @@ SHARES = {
 MEASURES = {
     "correct": "kept_right",
     "incorrect": "kept_wrong",
-    "no label": "forgotten",
+    "no label": "discarded",
 }
 
 NOTES = {
@@ -184,9 +184,9 @@ TABLE2 = Table(
 )
 
 # Rows of Table 4: network, system, reported accuracy and that of the paper's own runs,
-# how we run it, its images of the clean set, and its settings. Number 11 starts from 6,
-# 12 from 7 and 13 from 8; the AlexNets start from number 9, ours from ImageNet. Our 11
-# has a T counted on the clean set, and 6 one that was read off a network.
+# how we run it, how many clean images it has, and its settings. Number 11 starts from
+# 6, 12 from 7 and 13 from 8; the AlexNets start from number 9, ours from ImageNet. Our
+# 11 has a T counted on the clean set, and 6 one that was read off a network.
 CLEAN = 47_570
 TUNED = {"finetune": True}
 START = {"start_pretrained": True}

@@ -1,9 +1,9 @@
 """Han, Luo and Wang (2019): the tables of their slides.
 
-Accuracies are in percent. Clothing1M and Food-101N are for whoever owns them; beside
-them stands CIFAR-10 with the mistakes of people (CIFAR-10N, the label sets named
-"worst"), where about as many labels are wrong as in Clothing1M. Its network is the one
-of that column beside Xiao et al. (2015), so that methods of two papers can be compared.
+Accuracies are in percent. Clothing1M and Food-101N are for whoever has them; beside
+them is CIFAR-10 with human mistakes (CIFAR-10N, the label set named "worst"), where
+about as many labels are wrong as in Clothing1M. Its network is that of the CIFAR-10N
+column beside Xiao et al. (2015), so that methods of the two papers can be compared.
 """
 
 from nlhelpers.papers.table import Cell, Table
@@ -25,8 +25,8 @@ CIFAR10N = {
     "model": "caffe-quick",
 }
 
-# Column of Table 1: the data, and images of the clean set in the rows "25k verify" and
-# "50k clean", which are about as large a share of the open data.
+# Column of Table 1: the data, and the number of clean images in the rows "25k verify"
+# and "50k clean", which are about as large a share of the open data.
 COLUMNS = {
     "Clothing1M": (CLOTHING1M, 25_000, 47_570),
     "CIFAR-10N, worst": (CIFAR10N, 1250, 2500),
@@ -39,7 +39,7 @@ ROWS = (
     (NOISY, "cross-entropy", 69.54, "self-learning", PLAIN),
     (NOISY, "forward", 69.84, "forward", {}),
     (NOISY, "Joint Optimization", 72.23, "joint-optimization", {}),
-    # Their second iteration, if we recall it rightly, with a mentor; ours has one.
+    # Probably of their second iteration, which has a mentor; ours has no second.
     (NOISY, "MLNT, teacher", 73.47, "mlnt", {}),
     (NOISY, "ours", 74.45, "self-learning", {}),
     (VERIFY, "forward", 73.11, "forward", {}),
@@ -82,7 +82,7 @@ TABLE1 = Table(
     ),
 )
 
-# Right labels among those given, first corrected, and corrected in the end.
+# Share of right labels: as given, when first corrected, and as corrected in the end.
 LABELS = {
     "original": (61.74, "labels_given"),
     "correct initial": (74.38, "labels_first"),
@@ -107,7 +107,7 @@ TABLE2 = Table(
 
 # Number of samples m: final and initial accuracy, without and with 25k verified images.
 # The slides' initial is "the correct accuracy by the model just step into the first
-# label correction phase"; at m = 1280 it is not that of Table 2. We give none beside.
+# label correction phase"; at m = 1280 it is not that of Table 2. We put none beside it.
 SAMPLES = {
     320: (74.37, 72.04, 76.43, 74.09),
     640: (74.07, 72.03, 76.49, 73.97),
@@ -126,7 +126,7 @@ def _table3() -> tuple[Cell, ...]:
                 (NOISY, final, initial),
                 (VERIFY, verified, verified_initial),
             ):
-                # Of CIFAR-10N about 125 images of a class are verified, fewer than any
+                # About 125 images per class of CIFAR-10N are verified, fewer than any
                 # m: every m would be the same run.
                 if data == VERIFY and settings and not published:
                     continue

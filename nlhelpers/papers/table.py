@@ -28,7 +28,7 @@ class Cell:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a cell without a run, unless it says why."""
+        """Raise ValueError unless a cell has either a run or a note."""
         if (self.spec is None) == (not self.note):
             raise ValueError(
                 f"the cell {self.row!r}, {self.column!r} must have a run or a note, "
@@ -42,7 +42,7 @@ class Table:
 
     Attributes:
         paper: citation key in the book's bibliography.
-        label: "Table 3".
+        label: such as "Table 3".
         caption: what it shows.
         cells: in reading order.
     """

@@ -1,7 +1,7 @@
 """Xiao, Xia, Yang, Huang and Wang (2015): the published tables.
 
-Accuracies are in percent. Clothing1M is for whoever owns it; beside its column stand
-two of ours, on data that everybody has: CIFAR-10 with the mistakes that people made
+Accuracies are in percent. Clothing1M is for whoever has it; beside its column are two
+of ours, on data that everybody can have: CIFAR-10 with the mistakes that people made
 (CIFAR-10N), and digits whose noise depends on the image.
 """
 
@@ -26,9 +26,9 @@ CLOTHING1M = {
     "num_clean": 47_570,
 }
 # The second network there, by the authors' solvers: 5,000 steps where the first has
-# 15,000, both from a rate of 0.001. For CIFAR-10 theirs are near the defaults of ours.
+# 15,000, both from a rate of 0.001. For CIFAR-10 theirs are close to our defaults.
 CLOTHING1M_TYPES = {"types_epochs": 1 / 3, "types_rate": 1.0}
-# The clean share of the paper is 47,570 of 1.5 million and more: about 3 %.
+# The clean share of the paper is 47,570 of 1.5 million or more: about 3 %.
 OPEN = {
     "CIFAR-10N, worst": {
         "dataset": "cifar10",
@@ -68,7 +68,7 @@ TABLE2 = Table(
     _table2(),
 )
 
-# What the logs say that the authors published with their code
+# What the logs that the authors published with their code say
 # (https://github.com/Cysu/noisy_label): 10,000 clean and 40,000 noisy images, Caffe's
 # "quick" network, noise level 0.3. The rows without a number are ours.
 LOGS = {
