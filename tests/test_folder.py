@@ -1,8 +1,11 @@
 """A folder of folders: what is read, divided and passed over, and runs on it."""
 
+import re
 import shutil
 import warnings
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +19,7 @@ from nlhelpers.specs import Spec
 from photographs import copy, write_image
 
 SIZE = 16
+RERUN = Path(__file__).parents[1] / "book" / "rerun.md"
 CLASSES = {"cat": range(60), "dog": range(60, 90), "eel": range(90, 120)}
 SPEC = {"dataset": "folder", "noise": "crawled", "noise_rate": None}
 
@@ -221,6 +225,20 @@ def test_an_image_that_a_link_leads_to_counts(root, tmp_path):
     before = folder.fingerprint(root)
     (tmp_path / "elsewhere" / "more.txt").touch()
     assert folder.fingerprint(root) != before
+
+
+def test_labels_of_a_table_as_the_book_lays_them_out(pristine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy(pristine, tmp_path / "images")  # whatever folders they are in
+    labels = {path(k): ("01", "2")[k % 2] for own in CLASSES.values() for k in own}
+    table = pd.DataFrame({"note": "", "image": labels.keys(), "label": labels.values()})
+    table.to_csv("labels.csv", index=False)
+    (lines,) = re.findall(r"```python\n(.*?labels\.csv.*?)```", RERUN.read_text(), re.S)
+    exec(lines, {})
+    assert folder.class_names(Path("photos/folder")) == ("01", "2")
+    data, _ = load(root=Path("photos/folder"))
+    assert [k % 2 for k in numbers(data.images)] == data.labels.tolist()
+    assert folder.fingerprint(Path("images")) == folder.fingerprint(pristine)
 
 
 def test_the_command_line(root, tmp_path):
