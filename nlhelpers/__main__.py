@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add_grid(run)
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument(
-        "--time-budget", type=minutes, metavar="MINUTES", help="start none after this"
+        "--time-budget", type=minutes, metavar="MINUTES", help="start no run after this"
     )
     run.add_argument(
         "--workers", type=int, metavar="N", help="processes that run at once (Dask)"
@@ -272,7 +272,7 @@ def show_table(options: argparse.Namespace) -> None:
     found = grids.recorded(options.records)
     done = [record for spec, record in found.items() if spec in wanted]
     if not done:
-        print(f"{options.records} has no record of these runs made by the present code")
+        print(f"{options.records} has no record of these runs made by today's code")
         return
     print(report.summary(done).to_string(index=False))
     for record in experiments.stopped(done):

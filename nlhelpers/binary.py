@@ -153,7 +153,7 @@ def divided(
         (min(map(len, classes)) - share) * len(classes)
         for classes, share in zip(own, shares, strict=True)
     ]
-    half = min(num_images // 2, *left)  # of a validation set as large, if there can be
+    half = min(num_images // 2, *left)  # of a validation set as large, if possible
     half -= half % math.lcm(*map(len, sides))
     if half <= 0:
         fewest = min(len(index) for classes in own for index in classes)

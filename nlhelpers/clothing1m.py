@@ -1,9 +1,9 @@
 """Clothing1M: photographs from shops, with labels found in the text around them.
 
-A million images carry noisy labels, 72,409 were labelled by hand; there are 14 classes
-(Xiao et al. 2015). The set is available from the authors only. It is read in the layout
-they publish: `images/`, lists of keys, and tables from key to label. A key is the path
-of an image under the root.
+A million images carry noisy labels, and 72,409 were labelled by hand; there are 14
+classes (Xiao et al. 2015). The set is available from the authors only. It is read in
+the layout they publish: `images/`, lists of keys, and tables from key to label. A key
+is the path of an image under the root.
 """
 
 import itertools

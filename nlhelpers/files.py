@@ -277,8 +277,8 @@ def decode(path: str | Path, size: int) -> np.ndarray:
     Its shorter side is scaled to `size`, and its centre is cut out.
 
     Raises:
-        DataError: if the file is missing or damaged, or has more than 8 bits a pixel
-            (see `opened`); the message names it.
+        DataError: if the file is missing or damaged, or a pixel has more than 8 bits of
+            grey (see `opened`); the message names it.
     """
     with opened(path) as image:
         # A large JPEG is decoded at half its size or less: much faster, and the same to
@@ -305,7 +305,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"{path} has more than 8 bits a pixel (PIL's mode {image.mode}); "
-                    "convert it to 8 bits, or remove it, also from its list if any"
+                    "convert it to 8 bits, or remove it (and from its list, if any)"
                 )
             yield image
     except DataError:
@@ -317,7 +317,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:  # PIL has a dozen ways to say that a file is damaged
         raise DataError(
             f"{path} is damaged or not a picture ({error}); put the right file "
-            "there, or remove it, also from its list if any"
+            "there, or remove it (and from its list, if any)"
         ) from error
 
 

@@ -112,7 +112,7 @@ def class_names(root: Path | None = None) -> tuple[str, ...]:
 
 
 def fingerprint(root: Path | None = None) -> str:
-    """A hash of the names and sizes of all files: other files give other numbers.
+    """A hash of the names and sizes of all files, since other files give other results.
 
     Links are followed, as they are when the images are listed.
 

@@ -181,7 +181,7 @@ def check_all_ended(
     if count == 1 and isinstance(why, ValueError):
         raise why
     if spec in stopped:
-        why += f"; {path} says so: delete that line to try the run again"
+        why += f"; {path} has a line for it: delete that to try the run again"
     several = f"{len(failed) + len(stopped)} of {count} runs failed, the others are "
     several += "recorded; the first: "
     message = f"{several if count > 1 else ''}{spec}: {why}"

@@ -2,7 +2,7 @@
 
 They are for logits by the million, whose loss should cost no more than reading and
 writing them; what torch's compiler makes of `losses` takes up to seven times as long.
-For the small batches of this book's networks the compiler starts fewer kernels, so
+For the small batches of this book's networks the compiled code starts fewer kernels, so
 training uses `losses`.
 
 A program has a tile of (rows, parts, columns): a row of K logits is cut into parts of
@@ -116,7 +116,7 @@ def of_softmax(x, given, inside, w, a, b, K: tl.constexpr, LOSS: tl.constexpr):
 
 @triton.jit
 def slope(x, chosen, w, top, scale, more, a, K: tl.constexpr, LOSS: tl.constexpr):
-    """The derivative of the loss at x; `top`, `scale`, `more` come from `reduced`."""
+    """The gradient d loss / dx; `top`, `scale` and `more` come from `reduced`."""
     y = tl.where(chosen, 1.0, 0.0)
     z = x - top
     p = tl.exp(z) * scale

@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.compiler.substitute_in_graph(cross_entropy)
 def compiled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`cross_entropy` as `torch.compile` sees it: it makes two kernels of torch's own.
+    """`cross_entropy` for `torch.compile`, which makes two kernels of torch's version.
 
     The numbers are the same to the last bit, and so are those of the gradient.
 
@@ -175,7 +175,7 @@ def bootstrap_soft(logits: Tensor, labels: Tensor, beta: float = 0.95) -> Tensor
 
 
 def bootstrap_hard(logits: Tensor, labels: Tensor, beta: float = 0.8) -> Tensor:
-    """Beta times the given label's cross-entropy, 1 - beta times the predicted one's.
+    """Cross-entropy: beta of the given label's plus 1 - beta of the predicted class's.
 
     Reed et al. (2015), section 3.2.
 

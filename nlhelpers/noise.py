@@ -205,7 +205,7 @@ def anchor_transition(probs: Tensor, percentile: float = 97.0) -> Tensor:
     return probs[anchors] / probs[anchors].sum(dim=1, keepdim=True)
 
 
-CONDITION = 1e6  # condition number of T from which on its inverse says nothing
+CONDITION = 1e6  # condition number of T at which its inverse says nothing
 
 
 def inverse(transition: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The check behind every notebook's parameter cell.
 
 papermill only warns when a parameter has a name that the notebook does not know, and
-then runs the notebook with its defaults. Here such a name, or a bad value, stops the
-notebook in the cell after its parameters.
+then runs the notebook as if it had not been given. Here such a name, or a bad value,
+stops the notebook in the cell after its parameters.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """Class prototypes, and labels corrected by them (Han et al. 2019).
 
 Symbols: G(x) = deep features, m = images that are sampled from a class, S = their
-similarities (m, m), S_c = the similarity from which on two images are neighbours, rho =
+similarities (m, m), S_c = the similarity above which two images are neighbours, rho =
 density, eta = similarity to denser images, p = prototypes of a class, sigma = mean
 similarity of an image to the prototypes of a class.
 

@@ -142,7 +142,7 @@ def confident(g: np.ndarray, s: np.ndarray, pi_1: float, pi_0: float) -> np.ndar
 def all_but_least(scores: np.ndarray, share: float) -> np.ndarray:
     """Which scores stay if a `share` of them goes, the lowest first: (n,) bool.
 
-    The number that go is rounded down. Equal scores all stay or all go, so fewer may
+    The number removed is rounded down. Equal scores all stay or all go, so fewer may
     go: where the paper cuts, what equals the threshold stays.
     """
     # A product of 0.29 and 100 may miss 29 by the last bit.

@@ -125,7 +125,9 @@ def _lines(file: Path) -> Iterator[Record]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or "spec" not in record:
-            raise RecordError(f"{file}, line {number} is no record; delete that line")
+            raise RecordError(
+                f"{file}, line {number} is not a record; delete that line"
+            )
         yield record
 
 

@@ -40,8 +40,8 @@ class Rule:
 
     Attributes:
         m: reference features of a class.
-        margin: the cosine up to which a wrong label costs nothing, and from which on
-            one that nobody verified is taken to be right.
+        margin: a wrong label costs nothing up to this cosine, and a label that nobody
+            verified is taken to be right from it on.
         beta: weight of the reconstruction error.
         gamma: weight of the labels that nobody verified.
     """

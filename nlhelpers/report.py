@@ -192,7 +192,7 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
 def why_not_run(cell: Cell) -> str:
     """Why a cell that has a run may have no record."""
     owned = cell.spec.dataset in CRAWLED_SETS
-    return "for whoever owns the data" if owned else "not run yet"
+    return "for whoever has the data" if owned else "not run yet"
 
 
 def at_a_glance(whole: pd.DataFrame) -> Styler:

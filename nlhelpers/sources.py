@@ -52,7 +52,7 @@ def definitions(*wanted: object, besides: Iterable[object] = ()) -> dict[str, st
 
 @cache  # the runs of a grid share most of their code
 def parsed(thing: object) -> tuple[str, set[tuple[str, str | None]]]:
-    """A function's or class's code, and as pairs the `a` and `a.b` that it looks up."""
+    """A function's or class's code, and the `a` and `a.b` it looks up, as pairs."""
     source = textwrap.dedent(inspect.getsource(thing))
     known = looked_up(source)
     references: set[tuple[str, str | None]] = set()

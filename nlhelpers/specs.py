@@ -86,7 +86,7 @@ class Spec:
             able = [n for n, method in METHODS.items() if method.clean_set != "unused"]
             raise ValueError(
                 f"num_clean is {self.num_clean}, but {self.method} has no use for a "
-                f"clean set; methods that have: {', '.join(able)}"
+                f"clean set; methods that use one: {', '.join(able)}"
             )
         if self.num_clean and self.dataset == folder.NAME:
             raise ValueError(

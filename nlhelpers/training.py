@@ -275,7 +275,7 @@ def fit_by_graphs(
 
 
 def on_its_device(plain: Callable[..., Iterator[Epoch]]) -> Callable:
-    """`fit`, or on a GPU that one process trains on alone, `fit_by_graphs`."""
+    """`fit`; on a GPU, unless several processes train together, `fit_by_graphs`."""
 
     @functools.wraps(plain)
     def chosen(model: nn.Module, images: Tensor, *rest, **options) -> Iterator[Epoch]:

@@ -134,7 +134,7 @@ def test_a_diverging_run_does_not_stop_the_others(path, cpu, diverging, capsys):
 def test_what_stopped_is_recorded_and_not_tried_again(
     path, cpu, diverging, monkeypatch
 ):
-    once = "; .*runs.jsonl says so: delete that line to try the run again"
+    once = "; .*runs.jsonl has a line for it: delete that to try the run again"
     with pytest.raises(GridError, match=WHY + once):
         run_all(TRIO[1:2], path, cpu)
     (record,) = records.read(path)

@@ -368,7 +368,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch, capsys):
 def test_nothing_to_show(run, path, capsys):
     assert run(command="show") == 0
     printed = capsys.readouterr().out
-    assert printed == f"{path} has no record of these runs made by the present code\n"
+    assert printed == f"{path} has no record of these runs made by today's code\n"
 
 
 def test_exit_status_of_the_program(tmp_path):

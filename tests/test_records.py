@@ -77,7 +77,7 @@ def test_a_cut_off_line_is_one_error_and_stays(path, cut):
 def test_a_line_that_is_no_record(path, line):
     before = path.read_bytes() + line + b"\n"
     path.write_bytes(before + before)
-    with pytest.raises(RecordError, match=f"{path}, line 2 is no record"):
+    with pytest.raises(RecordError, match=f"{path}, line 2 is not a record"):
         recorded(path)
     assert path.read_bytes() == before + before
 

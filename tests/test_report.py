@@ -229,7 +229,7 @@ def test_a_table_that_nobody_has_run():
 def test_data_that_not_everybody_has():
     spec = Spec("clean-only", "clothing1m", "crawled", None, num_clean=9)
     table = Table("paper", "Table 1", "", (Cell("ours", "a", 90.0, spec=spec),))
-    assert report.complete(table, [])["note"].tolist() == ["for whoever owns the data"]
+    assert report.complete(table, [])["note"].tolist() == ["for whoever has the data"]
 
 
 def test_a_cell_at_a_glance():

@@ -2,10 +2,10 @@
 
 Two networks are trained. Before each epoch, two Gaussians are fitted to the losses of
 each network: a small loss suggests a right label, and only labels that are probably
-right are kept. Its peer then learns from kept labels and from images without a label at
-the same time, by MixMatch: labels are refined or guessed from the predictions of the
-networks, and images are mixed in pairs. So each network learns by the judgement of the
-other.
+right are kept. The network's peer then learns from kept labels and from images without
+a label at the same time, by MixMatch: labels are refined or guessed from predictions of
+the networks, and images are mixed in pairs. So each network learns by the judgement of
+the other.
 
 Symbols: w = probability that a label is right, tau = the w above which it is kept; x, u
 = images with and without a label, M = views of each, y = labels, p = predictions or
@@ -118,7 +118,7 @@ def divide_mix(
 
 
 class Ensemble(Pair):
-    """Two networks that predict their mean probabilities (the authors: logits)."""
+    """Two networks that predict mean probabilities (the authors' code: logits)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) uint8 to the log of probabilities (N, K) float32."""

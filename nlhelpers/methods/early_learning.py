@@ -1,9 +1,9 @@
 """Early-learning regularisation (Liu, Niles-Weed, Razavian and Fernandez-Granda 2020).
 
-A network learns what is right before it learns wrong labels by heart. A running average
-therefore remembers its early predictions for each image, and a term added to the
-cross-entropy rewards agreement with them. The gradient of this term cancels that of a
-wrong label, and keeps that of a right one from fading.
+A network learns what is right before it learns wrong labels by heart. Its early
+predictions for each image are therefore remembered in a running average, and a term
+added to the cross-entropy rewards agreement with them. The gradient of this term
+cancels that of a wrong label, and keeps that of a right one from fading.
 
 Symbols: p = the network's probabilities, t = targets (the running averages of p),
 beta = momentum of the targets, lam = weight of the term (lambda in the paper).

@@ -43,7 +43,8 @@ def forward(
         setup: network and recipe, the same for both networks.
         T: (K, K), or "estimated": counted on the clean set if there is one, else read
             off a network. A run may say "known", for the T of its own noise.
-        percentile: of a class's probability, at which its typical image is taken.
+        percentile: a class's typical image is the one whose probability of the class is
+            at this percentile.
         start_pretrained: whether the networks start from one trained without these
             labels.
         finetune: whether to fine-tune on the clean set at the end.

@@ -138,7 +138,7 @@ def nearest(G: Tensor, k: int) -> Tensor:
 
 
 def synthetic(labels: Tensor, near: Tensor, M: int, rho: float) -> Tensor:
-    """M sets of labels; in each, a share rho is that of a random neighbour.
+    """M sets of labels; in each, a share rho comes from random neighbours.
 
     It draws from torch's own random state, as dropout does, because it is part of a
     compiled step.

@@ -33,8 +33,8 @@ def pseudo_label(
     """Train on the clean images, then on all images with pseudo-labels.
 
     Lee draws 32 labelled and 256 unlabelled images for a step; here half of a batch is
-    labelled, as in the two-stage method. The mean of each part is taken
-    first, so that their sizes do not change what a(t) means.
+    labelled, as in the two-stage method. The mean of each part is taken first, so that
+    their sizes do not change what a(t) means.
 
     Args:
         data: images, whose noisy labels are ignored, and a clean set.

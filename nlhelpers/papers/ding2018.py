@@ -159,7 +159,7 @@ MEASURES = {
 }
 
 NOTES = {
-    "original training set": "what the noise leaves: no method has a say in it",
+    "original training set": "what the noise leaves, before any method",
     "after [37]'s correction (arg max)": "not by the true T: corrected losses",
     "after [37]'s correction (sampling)": "follows from T: chapter on corrected losses",
 }

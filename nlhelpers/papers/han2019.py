@@ -39,7 +39,7 @@ ROWS = (
     (NOISY, "cross-entropy", 69.54, "self-learning", PLAIN),
     (NOISY, "forward", 69.84, "forward", {}),
     (NOISY, "Joint Optimization", 72.23, "joint-optimization", {}),
-    # Probably of their second iteration, which has a mentor; ours has no second.
+    # Probably after their second iteration, which has a mentor; we do only the first.
     (NOISY, "MLNT, teacher", 73.47, "mlnt", {}),
     (NOISY, "ours", 74.45, "self-learning", {}),
     (VERIFY, "forward", 73.11, "forward", {}),
