@@ -524,7 +524,7 @@ def test_a_folder_that_is_another_one_ends_its_run_alone(monkeypatch):
 def test_a_scheduler_that_goes_is_one_error(client):
     lost = client.submit(time.sleep, 0.1)
     lost.cancel()
-    with pytest.raises(GridError, match="the scheduler is gone; the same command goes"):
+    with pytest.raises(GridError, match="the scheduler is gone; run the command again"):
         grids.outcome_of(lost)
 
 
