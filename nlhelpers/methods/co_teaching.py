@@ -91,8 +91,8 @@ def share_kept(T: float, tau: float, T_k: float, c: float) -> float:
 def small_loss(loss: Tensor, R: Tensor) -> Tensor:
     """Pick the images with the smallest loss that make up a share R of the batch.
 
-    The paper keeps at least the share R, so if R |D| is not a whole number of images,
-    it is rounded up (the authors' code rounds it down).
+    The paper keeps at least the share R, so a number of images that is not whole is
+    rounded up (the authors' code rounds it down).
 
     Args:
         loss: (B,); equal losses are taken in order of position.
