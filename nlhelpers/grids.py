@@ -138,7 +138,7 @@ def run_all(
                 if "stopped" in outcome:
                     say(bar, f"stopped: {spec}: {outcome['stopped']}")
             if left:
-                say(bar, "The time budget is spent; the same command goes on later.")
+                say(bar, "The time budget is spent; the same command does the rest.")
     found = {spec: done[spec] for spec in specs if spec in done}
     check_all_ended(found, failed, path)
     return [found[spec] for spec in specs if spec in found]
