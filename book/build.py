@@ -8,6 +8,7 @@
 If nothing has changed since the last good build, only the checks run.
 """
 
+import base64
 import hashlib
 import json
 import shutil
@@ -62,6 +63,7 @@ def gather(chapters: list[Chapter]) -> dict[str, bytes]:
     }
     for chapter in chapters:
         content[f"notebooks/{chapter.source.name}"] = page_of(chapter)
+    content["book/cover.png"] = cover(chapters)
     for path in (BUILD / "notebooks" / name for name in TABLES):
         if path.is_file():
             content[f"notebooks/{path.name}"] = path.read_bytes()
@@ -108,6 +110,18 @@ def page_of(chapter: Chapter) -> bytes:
         if "injected-parameters" not in cell["metadata"].get("tags", [])
     ]
     return json.dumps(notebook, indent=1).encode()
+
+
+def cover(chapters: list[Chapter]) -> bytes:
+    """The first page's picture: the figure of the only cell that is tagged "cover"."""
+    (cell,) = (
+        cell
+        for chapter in chapters
+        for cell in json.loads(chapter.target.read_text(encoding="utf-8"))["cells"]
+        if "cover" in cell["metadata"].get("tags", [])
+    )
+    (figure,) = (out["data"] for out in cell["outputs"] if "data" in out)
+    return base64.b64decode(figure["image/png"])
 
 
 def write_tree(folder: Path, content: dict[str, bytes]) -> None:

@@ -254,6 +254,27 @@ def test_notebook_form(path):
     assert "## Key takeaways" in prose
 
 
+def test_one_figure_of_the_chapters_is_tagged_as_the_cover():
+    cells = [
+        cell
+        for path in NOTEBOOKS
+        for cell in nbformat.read(path, as_version=4).cells
+        if "cover" in cell.metadata.get("tags", [])
+    ]
+    assert [cell.source.count("plt.show()") for cell in cells] == [1]
+
+
+def test_the_first_page_shows_the_cell_tagged_as_the_cover(tmp_path):
+    first, second = (execute.Chapter(tmp_path, tmp_path / name) for name in "ab")
+    text = nbformat.v4.new_output("stream", text="1 epoch")
+    for chapter, png, tags in ((first, "ZG9n", []), (second, "Y2F0", ["cover"])):
+        figure = nbformat.v4.new_output("display_data", {"image/png": png})
+        cell = nbformat.v4.new_code_cell(outputs=[text, figure])
+        cell.metadata["tags"] = tags
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), chapter.target)
+    assert build.cover([first, second]) == b"cat"
+
+
 def test_a_figure_is_described_by_its_caption_or_else_its_section():
     captioned, alone, named = (nodes.image() for _ in range(3))
     named["alt"] = "a cat"
