@@ -211,8 +211,7 @@ def at_a_glance(whole: pd.DataFrame) -> Styler:
     order = {"index": whole["row"].unique(), "columns": whole["column"].unique()}
     text = frame.assign(text=frame.apply(cell_text, axis=1))
     text = text.pivot(**shape, values="text").reindex(**order).fillna("")
-    comparable = frame["difference"].where(frame["profile"] == "paper")
-    apart = frame.assign(apart=comparable).pivot(**shape, values="apart")
+    apart = frame.assign(apart=comparable(frame)).pivot(**shape, values="apart")
     apart = apart.reindex(**order)
     text.index.name = text.columns.name = None
     colours = apart.map(agreement)
@@ -231,6 +230,11 @@ def cell_text(line: pd.Series) -> str:
         seeds += f", {line['stopped']:.0f} stopped"
     where = f"{seeds}, {line['profile']}, {line['seconds']:.0f} s"
     return f"<b>{value}{mark}</b>{published}<br><small>{where}</small>"
+
+
+def comparable(frame: pd.DataFrame) -> pd.Series:
+    """The differences of `measured`; NaN for runs shorter than the paper's."""
+    return frame["difference"].where(frame["profile"] == "paper")
 
 
 def agreement(difference: float) -> str:
@@ -328,7 +332,7 @@ def gains(table: Table, done: Sequence[Record], row: str) -> pd.DataFrame:
 def beside(frame: pd.DataFrame) -> Styler:
     """The table of `measured` as a page shows it: rounded, with ± and shading.
 
-    A difference of more than 1 point is shaded, see `agreement`.
+    A difference of more than 1 point is shaded if it is `comparable`, see `agreement`.
     """
 
     def signed(difference: float) -> str:
@@ -354,7 +358,8 @@ def beside(frame: pd.DataFrame) -> Styler:
     )
     shown["measured"] += marks
     style = shown.style.hide(axis="index").format({"difference": signed})
-    return style.map(agreement, subset=["difference"])
+    colours = comparable(frame).map(agreement)
+    return style.apply(lambda _: colours, subset=["difference"])
 
 
 # Parts of figures

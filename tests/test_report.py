@@ -264,6 +264,10 @@ def test_of_two_profiles_the_papers_is_shown():
 )
 def test_colours_of_agreement(accuracy, profile, colour):
     done = [record(accuracy, profile=profile)]
-    html = report.at_a_glance(report.complete(TABLE, done)).to_html()
-    colours = {c for c in ("#cfe5f3", "#9ccbe8", "#fbe3b5", "#f6c667") if c in html}
-    assert colours == ({colour} if colour else set())
+    for shown in (
+        report.at_a_glance(report.complete(TABLE, done)),
+        report.beside(report.measured(TABLE, done)),
+    ):
+        html = shown.to_html()
+        found = [c for c in ("#cfe5f3", "#9ccbe8", "#fbe3b5", "#f6c667") if c in html]
+        assert found == ([colour] if colour else [])
