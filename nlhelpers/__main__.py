@@ -254,7 +254,7 @@ def run_grid(options: argparse.Namespace) -> None:
             wanted, options.records, options.device, time_budget=budget, client=client
         )
     if training.is_first() and done:
-        print(report.summary(done).to_string(index=False))
+        print(report.summary(done).to_string(index=False, na_rep="–"))
 
 
 def advise(device: torch.device) -> None:
@@ -274,7 +274,7 @@ def show_table(options: argparse.Namespace) -> None:
     if not done:
         print(f"{options.records} has no record of these runs made by today's code")
         return
-    print(report.summary(done).to_string(index=False))
+    print(report.summary(done).to_string(index=False, na_rep="–"))
     for record in experiments.stopped(done):
         print(f"stopped: {experiments.spec_of(record)}: {record['stopped']}")
 
