@@ -290,7 +290,7 @@ def workers(
         return
     several = training.pick_device(device).type == "cuda" and count > 1
     with (
-        unchanged_environment(),
+        hidden_environment(),
         shared_gpu.service() if several else contextlib.nullcontext({}) as found,
         dask.config.set(UNDISTURBED | environment(count, found)),
         distributed.LocalCluster(
@@ -302,9 +302,11 @@ def workers(
 
 
 @contextlib.contextmanager
-def unchanged_environment() -> Iterator[None]:
-    """Undo what Dask also sets here when it sets variables for its processes."""
+def hidden_environment() -> Iterator[None]:
+    """Hide what Dask would prefer to `environment`, and undo what it also sets here."""
     before = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.pop(name, None)
     try:
         yield
     finally:

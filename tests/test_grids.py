@@ -305,8 +305,12 @@ def test_code_that_changes_under_a_grid_is_not_what_its_records_name(
 
 @pytest.fixture(scope="module")
 def client():
-    """Two workers, while another grid of this machine has its own."""
-    with contextlib.ExitStack() as stack:
+    """Two workers, while another grid of this machine has its own.
+
+    Whatever the environment says, they share the threads of this process.
+    """
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
         with contextlib.suppress(OSError):  # somebody has Dask's usual port already
             stack.enter_context(socket.create_server(("", 8787)))
         yield stack.enter_context(grids.workers(2, None))
