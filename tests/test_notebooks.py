@@ -118,15 +118,15 @@ def test_own_images_names_files_and_leaves_a_classifier(
         write_image(tmp_path / "folder" / name / f"{k}.png", shade)
     monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
     values = {"dataset": "folder", "noise": "crawled", "noise_rate": "None"}
-    values |= {"model": "mlp", "profile": "quick", "seed": "1"}
+    # Of the three, this seed trains on one, validates on one and tests on one.
+    values |= {"model": "mlp", "profile": "quick", "seed": "24"}
     options = [w for name, value in values.items() for w in ("-p", name, value)]
     done = papermill(TOP / "notebooks" / "own_images.ipynb", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     doubtful = pd.read_csv(tmp_path / "doubtful.csv")
     found = dict(zip(doubtful["image"], doubtful["looks like"], strict=True))
     wrong = {"light/3.png": "dark", "dark/50.png": "light", "dark/70.png": "light"}
-    assert found.items() <= wrong.items()
-    assert len(found) >= 2  # one may be held out
+    assert found == wrong
     stored = torch.load(tmp_path / "classifier.pt")
     assert stored["classes"] == ("dark", "light")
     network = models.build(stored["model"], torch.zeros(1, 3, 32, 32).byte(), 2)
