@@ -9,6 +9,7 @@ network agrees with them says less than how often it is right.
 import dataclasses
 import hashlib
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -150,3 +151,17 @@ def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
 def hidden(path: Path, root: Path) -> bool:
     """Whether a name on the path from the root to a file begins with a dot."""
     return any(name.startswith(".") for name in path.relative_to(root).parts)
+
+
+def duplicates(images: ImageFiles) -> list[list[str]]:
+    """Names of files that are the same to the last byte, a list for each such file.
+
+    A network that has learnt from one of them is no judge of the others.
+    """
+    by_size, by_content = defaultdict(list), defaultdict(list)
+    for name in sorted(map(os.fsdecode, images.names)):
+        by_size[(images.root / name).stat().st_size].append(name)
+    for name in (name for same in by_size.values() if len(same) > 1 for name in same):
+        with (images.root / name).open("rb") as file:
+            by_content[hashlib.file_digest(file, "sha256").digest()].append(name)
+    return [same for same in by_content.values() if len(same) > 1]

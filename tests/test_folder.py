@@ -263,6 +263,19 @@ def test_a_network_for_photographs_is_tuned_gently():
     assert Spec(**SPEC, model="resnet50").recipe.epochs == 20
 
 
+def test_files_that_are_there_twice(root):
+    shutil.copy(root / path(3), root / "eel" / "again.png")
+    shutil.copy(root / path(3), root / "cat" / "AGAIN.png")
+    other = bytearray((root / path(5)).read_bytes())
+    other[-1] ^= 1  # as long, but another file
+    (root / "dog" / "other.webp").write_bytes(other)
+    images = files.ImageFiles(root, ["dog/other.webp", *map(path, range(10))], SIZE)
+    assert folder.duplicates(images) == []
+    again = files.ImageFiles(root, ["eel/again.png", "cat/AGAIN.png"], SIZE)
+    found = folder.duplicates(torch.cat([again, images]))
+    assert found == [["cat/003.png", "cat/AGAIN.png", "eel/again.png"]]
+
+
 def test_there_is_no_clean_set():
     with pytest.raises(ValueError, match="num_clean is 20, but nobody has checked the"):
         Spec("clean-only", **SPEC, num_clean=20)
