@@ -254,7 +254,12 @@ def run_grid(options: argparse.Namespace) -> None:
             wanted, options.records, options.device, time_budget=budget, client=client
         )
     if training.is_first() and done:
-        print(report.summary(done).to_string(index=False, na_rep="–"))
+        print_summary(done)
+
+
+def print_summary(done: list[records.Record]) -> None:
+    """Print records as `report.summary` groups them."""
+    print(report.summary(done).to_string(index=False, na_rep="–"))
 
 
 def advise(device: torch.device) -> None:
@@ -274,7 +279,7 @@ def show_table(options: argparse.Namespace) -> None:
     if not done:
         print(f"{options.records} has no record of these runs made by today's code")
         return
-    print(report.summary(done).to_string(index=False, na_rep="–"))
+    print_summary(done)
     for record in experiments.stopped(done):
         print(f"stopped: {experiments.spec_of(record)}: {record['stopped']}")
 
