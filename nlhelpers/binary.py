@@ -1,7 +1,8 @@
 """Binary tasks with few images and exact fractions of right labels (Chiaroni 2019).
 
 A task sets two groups of classes against each other, like "5,7 vs 2,4". A method sees
-two classes: 0 is the positive group, 1 the negative one (Eq. 2).
+two classes: 0 is the positive group, 1 the negative one (Eq. 2). The fractions are
+exact in the images that are kept; in the paper they are so before it keeps some.
 
 Symbols: P, N = truly positive and negative images; P_hat, N_hat = images labelled so;
 pi_P, pi_N = the fraction of right labels in P_hat and N_hat.

@@ -224,11 +224,13 @@ def by_euclidean_density(
 ) -> Tensor:
     """Density peaks (Rodriguez and Laio 2014): the p largest rho * delta, (p,).
 
-    rho counts the images closer than a distance that 2 % of all pairs fall below; delta
-    is the distance to the nearest denser one.
+    rho counts the other images closer than a distance that 2 % of all pairs fall below;
+    delta is the distance to the nearest denser one.
     """
-    S = euclidean(features)
-    rho = (density(S, cutoff(S, top=0.02)) + len(S)) / 2  # how many signs are +1
+    S, m = euclidean(features), len(features)
+    of_entries = (m + 0.02 * m * (m - 1)) / m**2  # each image is as near to itself
+    signs = density(S, cutoff(S, of_entries))
+    rho = (signs + m) / 2 - 1  # how many are +1, without its own
     delta = -nearest_denser(S, rho)
     return (rho * delta).argsort(descending=True, stable=True)[:p]
 

@@ -168,7 +168,8 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
     """Every cell of a published table, in its order: as `measured`, or why it is not.
 
     Returns:
-        As `measured`, with NaN where no run reached its end, and note: why, else "".
+        As `measured`, with NaN where no run reached its end, note: why, else "", and
+        measure: which number of a run it is.
     """
     places = ["row", "column"]
     stops = stops_of(table, done).drop_duplicates(places).set_index(places)["why"]
@@ -178,6 +179,7 @@ def complete(table: Table, done: Sequence[Record]) -> pd.DataFrame:
             "column": cell.column,
             "published": cell.value,
             "published_std": cell.std,
+            "measure": cell.measure,
             "note": stops.get((cell.row, cell.column), cell.note or why_not_run(cell)),
         }
         for cell in table.cells

@@ -153,13 +153,15 @@ def test_what_is_close_to_a_denser_image_comes_last():
     assert chosen[-4:] == [4, 0, 1, 3]
 
 
-def test_density_peaks_as_in_plain_loops(features):
+@pytest.mark.parametrize("m", [30, 300])
+def test_density_peaks_as_in_plain_loops(m):
     """The largest rho * delta, with distances and counts taken pair by pair."""
-    S = found.euclidean(features)
-    d = (-S.whole).tolist()
-    near = -found.cutoff(S, 0.02)
-    m = len(d)
-    rho = [sum(x < near for x in row) for row in d]
+    features = torch.randn(m, 8, generator=torch.Generator().manual_seed(m))
+    d = torch.cdist(features.double(), features.double()).tolist()
+    pairs = sorted(d[i][j] for i in range(m) for j in range(i))
+    k = round(0.02 * len(pairs))
+    near = (pairs[k - 1] + pairs[k]) / 2
+    rho = [sum(d[i][j] < near for j in range(m) if j != i) for i in range(m)]
     delta = []
     for i in range(m):
         denser = [d[i][j] for j in range(m) if rho[j] > rho[i]]

@@ -136,7 +136,7 @@ def _table3() -> tuple[Cell, ...]:
                     Cell(place, column, value if published else None, spec=spec)
                 )
                 if published:
-                    note = "an accuracy that the slides do not define"
+                    note = "defined, but not as what Table 2 calls initial"
                     cells.append(Cell(f"{place}, initial", column, first, note=note))
     return tuple(cells)
 
