@@ -44,10 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     It is 0, or 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
     """
     options = parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="replace")  # not all terminals know all characters
     try:
         options.command(options)
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        print(
+            f"error: {error.filename} is closed to you; change its permissions, or "
+            "name another place",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to do the rest", file=sys.stderr)
@@ -87,16 +95,17 @@ def parser() -> argparse.ArgumentParser:
 
 def add_grid(command: argparse.ArgumentParser) -> None:
     """Add the options that say which runs; several values make a grid."""
+    several = {"nargs": "+", "action": "extend"}  # of an option given twice, both count
     command.add_argument("table", nargs="?", help=f"a table: {', '.join(TABLES)}")
-    command.add_argument("--method", nargs="+", metavar="NAME")
+    command.add_argument("--method", **several, metavar="NAME")
     command.add_argument(
         "--dataset",
         metavar="NAME",
         help="default: the digits, or the only data set that a table has",
     )
-    command.add_argument("--noise", nargs="+", metavar="NAME")
-    command.add_argument("--noise-rate", nargs="+", type=rate, metavar="P")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="S")
+    command.add_argument("--noise", **several, metavar="NAME")
+    command.add_argument("--noise-rate", **several, type=rate, metavar="P")
+    command.add_argument("--seeds", **several, type=int, metavar="S", help="default: 0")
     command.add_argument("--profile", default="quick", help="smoke, quick or paper")
     command.add_argument("--model", default="", metavar="NAME")
     command.add_argument("--num-clean", type=int, default=0, metavar="M")
@@ -106,10 +115,15 @@ def add_grid(command: argparse.ArgumentParser) -> None:
         "--pi", nargs=2, type=float, metavar=("PI_P", "PI_N"), help="for a task"
     )
     command.add_argument("--num-images", type=int, default=0, metavar="N")
-    command.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE")
+    command.add_argument("--set", **several, default=[], metavar="SETTING=VALUE")
     command.add_argument(
-        "--records", type=Path, default=Path("records/runs.jsonl"), metavar="JSONL"
+        "--records", type=path, default=Path("records/runs.jsonl"), metavar="JSONL"
     )
+
+
+def path(text: str) -> Path:
+    """A path; shells leave the ~ of `--records=~/runs.jsonl` as it is."""
+    return Path(text).expanduser()
 
 
 def rate(text: str) -> float | None:
@@ -140,13 +154,14 @@ def specs(options: argparse.Namespace) -> list[Spec]:
 
 def named(options: argparse.Namespace) -> list[Spec]:
     """The runs that the options name, repeated where they name one again."""
+    seeds = options.seeds or [0]
     if options.table is not None:
         known("table", options.table, TABLES)
         known("profile", options.profile, profiles.PROFILES)
         table = TABLES[options.table]
         dataset = options.dataset or only(table.datasets)
         known("data set", dataset, DATASETS)
-        found = table.specs(dataset, options.profile, options.seeds)
+        found = table.specs(dataset, options.profile, seeds)
         check_choice(options)
         runs = [spec for spec in found if chosen(spec, options)]
         if not runs:
@@ -169,7 +184,7 @@ def named(options: argparse.Namespace) -> list[Spec]:
         base["transition"] = read_transition(Path(options.transition))
     return [
         Spec(method=method, noise=noise, noise_rate=p, seed=seed, **base)
-        for seed in options.seeds
+        for seed in seeds
         for noise in options.noise or [default_noise(dataset, options.task)]
         for p in options.noise_rate or [default_rate(noise)]
         for method in options.method or ["cross-entropy"]
@@ -258,8 +273,10 @@ def run_grid(options: argparse.Namespace) -> None:
 
 
 def print_summary(done: list[records.Record]) -> None:
-    """Print records as `report.summary` groups them."""
-    print(report.summary(done).to_string(index=False, na_rep="–"))
+    """Print records as `report.summary` groups them, if any has a result."""
+    summary = report.summary(done)
+    if len(summary):
+        print(summary.to_string(index=False, na_rep="–"))
 
 
 def advise(device: torch.device) -> None:

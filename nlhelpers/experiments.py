@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nlhelpers import (
     binary,
     evaluation,
+    files,
     folder,
     losses,
     noise,
@@ -43,6 +44,9 @@ load = functools.lru_cache(maxsize=1)(datasets.load)
 # Forms of one step that a process compiles for a GPU. All losses share a step, and each
 # gives it another form; beyond torch's own limit of 8, the rest would run uncompiled.
 FORMS = 64
+
+# Where images are files, what reads them; code finds it by their type, not by name.
+OF_FILES = files.loader, files.joined
 
 # What only a GPU runs, in place of other code.
 ON_A_GPU = training.fit_by_graphs, losses.compiled_cross_entropy
@@ -390,6 +394,7 @@ def code(spec: Spec, device: str) -> str:
         loaders[spec.dataset],
         *of_labels,
         *([transition_of] if knows_T(spec) else []),
+        *(OF_FILES if spec.dataset in CRAWLED_SETS else []),
         *(ON_A_GPU if device == "cuda" else []),
         Setup,
         training.seeded,

@@ -82,11 +82,11 @@ def check(**values: object) -> Parameters:
         raise ValueError(
             f"records_file is {others['records_file']!r}; it must be a path as text"
         )
-    path = Path(others["records_file"])
+    path = Path(others["records_file"]).expanduser()
     records.check_writable(path)
     return Parameters(
         Spec(method=methods[0], **values),
-        tuple(methods),
+        tuple(dict.fromkeys(methods)),
         others["num_seeds"],
         training.pick_device(others["device"]),
         path,

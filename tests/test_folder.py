@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from nlhelpers import experiments, files, folder, grids, records
+from nlhelpers import batches, experiments, files, folder, grids, records
 from nlhelpers.__main__ import main
 from nlhelpers.data import UNKNOWN, DataError
 from nlhelpers.profiles import PROFILES
@@ -206,6 +206,19 @@ def test_a_whole_run(root, cpu, method):
     assert record["screening"] is None
     assert record["last_accuracy"] == record["history"]["test_accuracy"][-1]
     assert experiments.is_current(record)
+
+
+def test_what_reads_the_files_is_part_of_the_source(root, monkeypatch):
+    readers = [
+        kind.dispatch(files.ImageFiles) for kind in (batches.loader, batches.joined)
+    ]
+    assert set(experiments.OF_FILES) == set(readers)
+    specs = Spec(**SPEC, profile="smoke"), Spec("cross-entropy", noise_rate=0.2)
+    before = list(map(experiments.source, specs))
+    monkeypatch.setattr(experiments, "OF_FILES", readers[:1])
+    after = list(map(experiments.source, specs))
+    assert before[0] != after[0]
+    assert before[1] == after[1]  # its images are no files
 
 
 def test_a_folder_that_changes_during_a_run(root, cpu):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +137,9 @@ def test_several_runs_on_a_gpu_are_told_of_workers(run, monkeypatch, capsys):
 
     monkeypatch.setattr(cli.grids, "workers", workers)
     told = []
-    for words in (["--seeds", "0", "1"], ["--seeds", "0"], ["--workers", "2"]):
-        assert run("--seeds", "0", "1", *words) == 0
+    several = ["--seeds", "0", "1"]
+    for words in (several, ["--seeds", "0"], [*several, "--workers", "2"]):
+        assert run(*words) == 0
         told.append(
             "several at once make better use of a GPU" in capsys.readouterr().out
         )
@@ -188,6 +190,24 @@ def test_runs_of_different_tasks_are_not_averaged(run, path):
 def test_a_seed_that_is_named_twice_is_one_run():
     words = ["run", "--seeds", "0", "1", "0", "--method", *["cross-entropy"] * 2]
     assert [spec.seed for spec in cli.specs(cli.parser().parse_args(words))] == [0, 1]
+
+
+def test_of_an_option_given_twice_both_count():
+    words = ["run", "--method", "cross-entropy", "--seeds", "1", "--noise", "pair-flip"]
+    words += ["--method", "two-stage", "--seeds", "2", "--noise", "symmetric"]
+    words += ["--noise-rate", "0.1", "--noise-rate", "0.3"]
+    assert len(cli.specs(cli.parser().parse_args(words))) == 16
+    words = ["run", "--method", "two-stage", "--set", "threshold=0.8"]
+    (spec,) = cli.specs(cli.parser().parse_args([*words, "--set", "consistency=pi"]))
+    assert {"threshold": 0.8, "consistency": "pi"}.items() <= dict(
+        spec.settings
+    ).items()
+
+
+def test_the_home_folder_after_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = cli.parser().parse_args(["run", "--records=~/runs.jsonl"])
+    assert options.records == tmp_path / "runs.jsonl"
 
 
 def test_runs_of_a_table_whose_labels_have_their_own_rate():
@@ -304,6 +324,17 @@ def test_records_under_a_file_are_one_error(run, path, capsys):
     assert f"cannot write records to {path}" in capsys.readouterr().err
 
 
+def test_what_is_closed_is_one_error(run, path, monkeypatch, capsys):
+    def closed(name):
+        raise PermissionError(13, "Permission denied", "MNIST/raw")
+
+    monkeypatch.setattr(experiments, "load", closed)
+    assert run("--dataset", "mnist") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: MNIST/raw is closed to you; change its perm")
+    assert len(printed.splitlines()) == 1
+
+
 def test_divergence_is_one_error_and_one_record(run, path, monkeypatch, capsys):
     assert run() == 0
     before = path.read_bytes()
@@ -315,7 +346,7 @@ def test_divergence_is_one_error_and_one_record(run, path, monkeypatch, capsys):
         assert "the loss is nan at epoch 1, step 1 of" in error
         assert path.read_bytes().startswith(before)
         assert run("--method", "two-stage", command="show") == 0
-        assert "stopped: two-stage, digits" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith("stopped: two-stage, digits")
     records.source_hash.cache_clear()  # the patched loss has another
     assert len(report.summary(records.read(path))) == 1
 
@@ -378,6 +409,20 @@ def test_exit_status_of_the_program(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: noise_rate is 2.0")
     assert done.stdout == ""
+
+
+def test_a_terminal_that_does_not_know_the_dash(run, path):
+    assert run() == 0
+    call = [sys.executable, "-m", "nlhelpers", "show", "--profile", "smoke"]
+    done = subprocess.run(
+        [*call, "--records", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=records.PACKAGE.parent,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cross-entropy" in done.stdout
 
 
 def test_two_processes_make_one_record(tmp_path):

@@ -106,6 +106,11 @@ def test_every_later_spec_is_checked_too(check):
         check().specs(dataset="cifar10", noise="asymmetric-swap")
 
 
+def test_a_method_named_twice_runs_once(check):
+    twice = check(methods=["two-stage", "cross-entropy", "two-stage"])
+    assert twice.methods == ("two-stage", "cross-entropy")
+
+
 def test_outside_of_papermill_nothing_is_injected(inject):
     assert parameters.injected() == []
     inject("x = 1", "# parameters of my own\ny = 2", "import torch")
