@@ -189,6 +189,21 @@ def test_no_cell_of_a_sheet_is_long(sheet):
         assert cell.cell_type != "code" or len(cell.source.splitlines()) <= 25, cell.id
 
 
+@each_sheet
+def test_what_students_see_fail_says_why(sheet):
+    """Tests of the form are in their copies, so a bare assert would say nothing."""
+    cells = nbformat.read(assign.HERE / f"{sheet}.ipynb", as_version=4).cells
+    found = [
+        ast.parse(cell.source)
+        for cell in cells
+        if "BEGIN TEST CONFIG" in cell.source and "hidden: true" not in cell.source
+    ]
+    asserts = [node for tree in found for node in ast.walk(tree)]
+    asserts = [node for node in asserts if isinstance(node, ast.Assert)]
+    assert asserts
+    assert not [ast.unparse(node) for node in asserts if node.msg is None]
+
+
 def test_students_are_told_of_this_project_and_its_otter():
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
     name = project["urls"]["Repository"].removeprefix("https://github.com/")

@@ -16,6 +16,13 @@ NOISE = [
         "torch.tensor([int(T[k].multinomial(1, generator=generator))"
         " for k in true_labels])",
     ),
+    # the generator says only where another one starts, so each call draws the same
+    (
+        "q3",
+        "return torch.multinomial(T[true_labels], 1, generator=generator)",
+        "torch.manual_seed(generator.initial_seed())\n"
+        "    return torch.multinomial(T[true_labels], 1)",
+    ),
     # the columns sum to 1 still
     ("q4", "counts.sum(dim=1, keepdim=True)", "counts.sum(dim=0)"),
     # errors fall with the root of n
@@ -24,6 +31,12 @@ NOISE = [
     ("q6", "lost = [1, 3]", "lost = [0, 1, 2, 3, 4]"),
     # the truth chooses the epoch
     ("q7", 'val = history["val_accuracy"]', 'val = history["test_accuracy"]'),
+    # the truth chooses among epochs that tie
+    (
+        "q7",
+        'history["test_accuracy"][val.index(max(val))]',
+        'max(zip(val, history["test_accuracy"]))[1]',
+    ),
     ("q8", 'why = "b"', 'why = "a"'),
 ]
 
@@ -32,6 +45,10 @@ LOSS_CORRECTION = [
     ("q1", "slope_wrong = 0.02 - 1", "slope_wrong = 1 - 0.02"),
     # The division by q forgotten, which only scales the loss of each q.
     ("q2", "return (1 - p_y**q) / q", "return 1 - p_y**q"),
+    # Nothing to learn from: no gradient reaches the network.
+    ("q2", "logits.softmax(dim=1)", "logits.detach().softmax(dim=1)"),
+    # (N, 1), which becomes (N, N) where each image has a weight.
+    ("q2", "gather(1, labels[:, None]).squeeze(1)", "gather(1, labels[:, None])"),
     # Symmetric for two classes only.
     (
         "q3",
@@ -40,6 +57,13 @@ LOSS_CORRECTION = [
     ),
     # One of the two bugs left in.
     ("q4", "mixed = p @ T", "mixed = p @ T.T"),
+    # No gradient, and (N, 1), as in question 2.
+    ("q4", "def forward_loss", "@torch.no_grad()\ndef forward_loss"),
+    (
+        "q4",
+        "-mixed[range(len(labels)), labels].log()",
+        "-mixed.gather(1, labels[:, None]).log()",
+    ),
     # The off-diagonal entries of the inverse exchanged.
     (
         "q5",
@@ -73,6 +97,10 @@ TWO_STAGE = [
     ("q5", ".square().sum(dim=1)", ".square().mean(dim=1)"),
     # The target goes on carrying gradients.
     ("q5", "target.detach()", "target"),
+    # The labels teach nothing.
+    ("q5", "nats[kept].mean()", "nats[kept].mean().detach()"),
+    # The caller's labels are gone afterwards.
+    ("q5", "nats = torch.nn", "labels[~kept] = -100\n    nats = torch.nn"),
     # The rows divided instead of the columns.
     (
         "q6",
@@ -114,6 +142,13 @@ SELF_LEARNING = [
         "(1 - alpha) * on_given + alpha * on_corrected",
         "alpha * on_given + (1 - alpha) * on_corrected",
     ),
+    # nothing to learn from: no gradient reaches the network
+    ("q6", "def total_loss", "@torch.no_grad()\ndef total_loss"),
+    (
+        "q6",
+        "(1 - alpha) * on_given + alpha * on_corrected",
+        "((1 - alpha) * on_given + alpha * on_corrected).item()",
+    ),
     # a share of all labels, in place of the wrong ones
     ("q7", "is_right[~was_right].double()", "(is_right & ~was_right).double()"),
     # the truth chooses
@@ -139,6 +174,10 @@ NOISE_MODEL = [
     ("q6", "numbers_to_find = 11", "numbers_to_find = 13"),
     # confusing labels alone are suspected
     ("q7", "q_z[:, 0].argsort()", "q_z[:, 2].argsort(descending=True)"),
+    # random labels alone are
+    ("q7", "q_z[:, 0].argsort()", "q_z[:, 1].argsort(descending=True)"),
+    # the more probable of the two, in place of both together
+    ("q7", "q_z[:, 0].argsort()", "q_z[:, 1:].amax(1).argsort(descending=True)"),
     # the most certainly right ones first
     ("q8", "first = z[:, 0].argsort()", "first = z[:, 0].argsort(descending=True)"),
     # a prediction that was not corrected
