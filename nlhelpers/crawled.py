@@ -14,9 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from nlhelpers.data import DataError, NoisyData, Truth
-from nlhelpers.files import ImageFiles
+from nlhelpers.files import Checking, ImageFiles
 
 MOST_BROKEN = 0.01  # a larger share of broken images is no accident
+NAMED = 20  # how many of them a message names
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +152,11 @@ def without_broken(
     lost = [name for n, part in parts.items() for name in part.images[broken[n]].names]
     total = sum(len(part.index) for part in parts.values())
     root = next(iter(parts.values())).images.root
-    tolerate(
-        [os.fsdecode(name) for name in lost],
-        total,
-        f"images under {root} are missing or damaged",
-        advice,
-    )
+    lost = [os.fsdecode(name) for name in lost]
+    if lost:
+        advice = f"{advice} ({Checking(root, thorough).error(root / lost[0])})"
+    what = f"images under {root} are missing or damaged"
+    tolerate(lost, total, what, advice)
     return {name: part[~broken[name]] for name, part in parts.items()}
 
 
@@ -174,7 +174,7 @@ def tolerate(lost: Sequence[str], total: int, what: str, advice: str) -> None:
     """
     if not lost:
         return
-    first = ", ".join(dict.fromkeys(lost[:5]))
+    first = ", ".join(dict.fromkeys(lost[:NAMED]))
     found = f"{len(lost):,} of {total:,} {what}, first {first}"
     if len(lost) > MOST_BROKEN * total:
         raise DataError(f"{found}; more than {MOST_BROKEN:.0%} are too many: {advice}")

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 LAYOUT = torch.channels_last
 PIECE = 64  # files that a worker reads for one answer; few, to keep memory low
 FEW = 512  # files that are read here in less time than it takes to start workers
+MOST = 256  # pictures at once, as a network may need megabytes for each
 # Kinds of pictures that are opened. PIL knows more, some of which start programs.
 FORMATS = ("JPEG", "PNG", "PPM", "GIF", "BMP", "WEBP", "TIFF")
 
@@ -55,6 +56,8 @@ class ImageFiles:
         device: where decoded images are delivered.
         workers: processes that decode; 0 decodes in this one, None is one per core,
             or none if there are few files.
+        pixels: (N, size, size, 3) uint8, if the pictures are held in memory, see
+            `kept`; None if they are read whenever they are needed.
     """
 
     root: Path
@@ -63,6 +66,7 @@ class ImageFiles:
     crop_to: int | None = None
     device: torch.device = CPU
     workers: int | None = None
+    pixels: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Bring paths to one form; raise ValueError for sizes that make no sense."""
@@ -103,17 +107,36 @@ class ImageFiles:
 
     def __getitem__(self, index: int | slice | Tensor) -> "ImageFiles | Tensor":
         """A subset by a slice, int64 or bool (N,); one decoded image by a number."""
-        picked = self.names[index.cpu().numpy() if torch.is_tensor(index) else index]
-        subset = dataclasses.replace(self, names=np.atleast_1d(picked))
-        return subset if picked.ndim else next(subset.split(1))[0]
+        index = index.cpu().numpy() if torch.is_tensor(index) else index
+        places = torch.as_tensor(np.arange(len(self))[index].copy())
+        every = places.view(-1)
+        pixels = None if self.pixels is None else self.pixels[every]
+        subset = dataclasses.replace(
+            self, names=self.names[every.numpy()], pixels=pixels
+        )
+        return subset if places.ndim else next(subset.split(1))[0]
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """The images in order, decoded, `size` at a time: (size, 3, H, W) uint8.
+        """The images in order, decoded, at most `size` at a time: (B, 3, H, W) uint8.
 
         Raises:
             DataError: if a file is missing or damaged; the message names it.
         """
-        return self.decoded(torch.arange(len(self)).split(size), self.crop_to)
+        parts = torch.arange(len(self)).split(min(size, MOST))
+        return self.decoded(parts, self.crop_to)
+
+    def kept(self) -> "ImageFiles":
+        """The same, with all pictures decoded now and held in memory.
+
+        Raises:
+            DataError: as `split`.
+        """
+        pixels = torch.empty((len(self), self.size, self.size, 3), dtype=torch.uint8)
+        pieces = torch.arange(len(self)).split(PIECE)
+        stream = self._each(Decoding(self.root, self.size, self.size), pieces)
+        for place, piece in zip(pixels.split(PIECE), stream, strict=True):
+            place.copy_(piece)
+        return dataclasses.replace(self, pixels=pixels)
 
     def decoded(self, parts: Iterable[Tensor], side: int) -> Iterator[Tensor]:
         """The central `side` pixels of each part's images: (B, 3, side, side) uint8.
@@ -123,6 +146,13 @@ class ImageFiles:
             side: pixels, up to `size`.
         """
         parts = [part.cpu() for part in parts]
+        if self.pixels is not None:
+            start = (self.size - side) // 2
+            inner = self.pixels[:, start : start + side, start : start + side]
+            for part in parts:
+                whole = inner[part].to(self.device, non_blocking=True)
+                yield whole.permute(0, 3, 1, 2)
+            return
         pieces = [piece for part in parts for piece in part.split(PIECE)]
         stream = self._each(Decoding(self.root, self.size, side), pieces)
         for part in parts:
@@ -253,13 +283,17 @@ class Checking:
 
     def is_broken(self, path: str) -> bool:
         """Whether a file cannot be opened or, if `thorough`, decoded."""
+        return self.error(path) is not None
+
+    def error(self, path: str) -> DataError | None:
+        """Why it cannot."""
         try:
             with opened(path) as image:
                 if self.thorough:
                     image.load()
-        except DataError:
-            return True
-        return False
+        except DataError as error:
+            return error
+        return None
 
 
 Reading = Decoding | Checking
@@ -274,7 +308,8 @@ def paths(root: Path, names: np.ndarray) -> list[str]:
 def decode(path: str | Path, size: int) -> np.ndarray:
     """The picture in a file as (size, size, 3) uint8.
 
-    Its shorter side is scaled to `size`, and its centre is cut out.
+    Its shorter side is scaled to `size`, and its centre is cut out. Where it is
+    transparent it is white.
 
     Raises:
         DataError: if the file is missing or damaged, or a pixel has more than 8 bits of
@@ -284,6 +319,9 @@ def decode(path: str | Path, size: int) -> np.ndarray:
         # A large JPEG is decoded at half its size or less: much faster, and the same to
         # the eye, as that is still twice as large as the picture made from it.
         image.draft(None, (2 * size, 2 * size))
+        if image.has_transparency_data:  # below which may be anything, often black
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         picture = image.convert("RGB")
         return np.asarray(ImageOps.fit(picture, (size, size), Resampling.BILINEAR))
 
@@ -360,4 +398,6 @@ def joined(first: ImageFiles, second: ImageFiles) -> ImageFiles:
                 "the same in both"
             )
     names = np.concatenate([first.names, second.names])
-    return dataclasses.replace(first, names=names)
+    pixels = [first.pixels, second.pixels]
+    pixels = None if any(each is None for each in pixels) else torch.cat(pixels)
+    return dataclasses.replace(first, names=names, pixels=pixels)

@@ -1,15 +1,17 @@
 """A folder of your own images, with one folder of files in it for each class.
 
 An image's label is the name of the folder that it is in, right or wrong. Names that
-begin with a dot are ignored, since systems leave such files behind. Nobody knows the
-truth, so the labels of validation and test images are as given, too: how often a
-network agrees with them says less than how often it is right.
+begin with a dot are ignored, since systems leave such files behind. Pictures that fit
+in memory are decoded once. Nobody knows the truth, so the labels of validation and test
+images are as given, too: how often a network agrees with them says less than how often
+it is right.
 """
 
 import dataclasses
 import hashlib
 import os
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -22,7 +24,14 @@ from nlhelpers.data import UNKNOWN, DataError, NoisyData, Truth, data_root
 from nlhelpers.files import ImageFiles
 
 NAME = "folder"  # of the folder, under the data root
-HELD_OUT = 0.1  # share of the images for validation, and as much for the test
+EVERY = 10  # one image in so many is for validation, and another one for the test
+KEPT = 1 << 30  # bytes of decoded pictures that are held in memory
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+# Pictures that are not read; what systems and people keep beside pictures is no news.
+NOT_READ = (
+    *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".raw"),
+)
 
 
 def load(
@@ -37,8 +46,9 @@ def load(
 ) -> tuple[NoisyData, Truth]:
     """The images of a folder, divided at random; there is no clean set.
 
-    The true labels of the training and the validation images are UNKNOWN. `index` is
-    the position of each training image among all images in the order of their paths.
+    Of each class about a tenth is for validation, and as much for the test. The true
+    labels of the training and the validation images are UNKNOWN. `index` is the
+    position of each training image among all images in the order of their paths.
 
     Args:
         generator: a CPU generator; decides which image goes where.
@@ -53,6 +63,10 @@ def load(
     Raises:
         DataError: if there are fewer than two classes, if one has no images, if there
             are too few images to divide, or if more than 1 % of them are damaged.
+
+    Warns:
+        UserWarning: if up to 1 % are damaged, or if there are pictures of a kind that
+            is not read.
     """
     root = folder(root)
     crawled.check_limit(limit)
@@ -66,14 +80,19 @@ def load(
     every = every.drawn(limit, generator)
     advice = "repair or remove them"
     every = crawled.without_broken({NAME: every}, thorough, advice)[NAME]
-    held = round(HELD_OUT * len(every.index))
-    if held == 0:
+    if len(every.index) <= EVERY // 2:
         raise DataError(
             f"{root} has {len(every.index)} images that can be used; put ten or more "
             "there, and as many as you can"
         )
+    if 3 * size**2 * len(every.index) <= KEPT:
+        every = dataclasses.replace(every, images=every.images.kept())
     order = torch.randperm(len(every.index), generator=generator)
-    val, test, noisy = map(every.__getitem__, order.tensor_split([held, 2 * held]))
+    # Counted class by class, so that none loses more than its share.
+    place = every.given[order].argsort(stable=True).argsort() % EVERY
+    is_val, is_test = place == 0, place == EVERY // 2
+    parts = is_val, is_test, ~(is_val | is_test)
+    val, test, noisy = (every[order[part]] for part in parts)
     test = dataclasses.replace(test, true=test.given)
     parts = noisy, noisy[:0], val, test
     return crawled.divided(*parts, num_classes=len(classes), clean_val=False)
@@ -131,21 +150,36 @@ def fingerprint(root: Path | None = None) -> str:
 def listed(root: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """Paths of all images below the folders, with their labels, sorted.
 
-    Files of other kinds are skipped.
+    Files of other kinds are skipped, pictures among them with a warning.
 
     Raises:
         DataError: if a folder has no image.
     """
     numbers = {name: number for number, name in enumerate(classes)}
-    files = make_dataset(root, numbers, IMG_EXTENSIONS, allow_empty=True)
-    files = [(path, label) for path, label in files if not hidden(Path(path), root)]
+    wanted = EXTENSIONS + NOT_READ
+    found = make_dataset(root, numbers, wanted, allow_empty=True)
+    found = [(path, label) for path, label in found if not hidden(Path(path), root)]
+    files = [(path, label) for path, label in found if is_read(path)]
+    others = Counter(Path(path).suffix for path, _ in found if not is_read(path))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        warnings.warn(
+            f"pictures under {root} of a kind that is not read: {kinds}; convert them "
+            f"to one of {', '.join(EXTENSIONS)}",
+            stacklevel=3,
+        )
     empty = set(classes) - {classes[label] for _, label in files}
     if empty:
         raise DataError(
             f"{root / min(empty)} has no image; put some there, or remove it. Images "
-            f"are files that end in {', '.join(IMG_EXTENSIONS)}"
+            f"are files that end in {', '.join(EXTENSIONS)}"
         )
     return files
+
+
+def is_read(path: str) -> bool:
+    """Whether a file's name ends like that of a picture that can be read."""
+    return path.lower().endswith(EXTENSIONS)
 
 
 def hidden(path: Path, root: Path) -> bool:

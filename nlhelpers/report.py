@@ -401,7 +401,7 @@ def gallery(
         if image is not None:
             pixels = image.cpu().permute(1, 2, 0).squeeze(-1)
             axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
-            axes.set_title(title, size=8, color=colour)
+            axes.set_title(title, size=8, color=colour, parse_math=False)
     return figure
 
 

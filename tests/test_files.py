@@ -38,10 +38,15 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def images(root):
-    """The files, decoded in this process."""
-    return ImageFiles(root, [f"0/{k},é.jpg" for k in range(COUNT)], SIZE, workers=0)
+@pytest.fixture(params=["read", "kept"])
+def images(root, request):
+    """The files, decoded in this process, when they are needed or at once."""
+    names = [f"0/{k},é.jpg" for k in range(COUNT)]
+    images = ImageFiles(root, names, SIZE, workers=0)
+    return images.kept() if request.param == "kept" else images
+
+
+of_reading = pytest.mark.parametrize("images", ["read"], indirect=True)
 
 
 @pytest.fixture
@@ -203,6 +208,25 @@ def test_any_kind_of_picture_has_three_channels(tmp_path, mode, kind):
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).mean() < 8
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """A black line on nothing, as drawings are stored: below nothing it is black."""
+    drawing = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (0, 8, SIZE, 24))
+    save(tmp_path / "a.png", drawing.convert(mode))
+    (found,) = ImageFiles(tmp_path, ["a.png"], SIZE).split(1)
+    expected = torch.full((SIZE,), 255)
+    expected[8:24] = 0
+    assert (found[0] == expected[:, None]).all()
+
+
+def test_few_are_given_at_once(images, whole, monkeypatch):
+    monkeypatch.setattr(files, "MOST", 7)
+    found = list(images.split(100))
+    assert max(map(len, found)) == 7
+    assert torch.equal(torch.cat(found), whole)
+
+
 def test_predictions_see_the_centre(images, whole):
     found = next(replace(images, crop_to=20).split(COUNT))
     assert torch.equal(found, whole[:, :, 6:26, 6:26])
@@ -311,6 +335,7 @@ def test_nothing_is_drawn_from_torch_itself(images):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@of_reading
 @pytest.mark.usefixtures("small_pieces")
 def test_workers_end_with_whoever_takes_the_images(images):
     stream = replace(images, workers=2).split(3)
@@ -428,6 +453,7 @@ def test_a_million_paths_are_small():
     assert most < 20 * 10**6
 
 
+@of_reading
 def test_files_are_read_as_they_are_needed(images, monkeypatch):
     read, decode = [], files.decode
 
@@ -458,6 +484,7 @@ def alive():
     gc.unfreeze()
 
 
+@of_reading
 @pytest.mark.parametrize("take", ["split", "loader"])
 @pytest.mark.usefixtures("small_pieces")
 def test_memory_does_not_grow_with_the_images(images, generator, alive, take):
@@ -524,6 +551,7 @@ def test_a_network_learns_from_files(dark_and_light, seeded):
     assert torch.allclose(probs, training.predict(network, tensor), atol=1e-5)
 
 
+@of_reading
 @pytest.mark.parametrize(("few", "started"), [(COUNT - 1, 2), (COUNT, 0)])
 def test_workers_start_only_where_it_pays(images, whole, few, started, monkeypatch):
     asked = []

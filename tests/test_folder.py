@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nlhelpers import batches, experiments, files, folder, grids, records
 from nlhelpers.__main__ import main
@@ -100,6 +99,39 @@ def test_the_division_depends_on_the_generator_alone(pristine):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_every_class_keeps_its_share(tmp_path):
+    """Of n images of a class at most a tenth, rounded up, are in one held-out part."""
+    sizes = {"a": 5, "b": 7, "c": 1, "d": 23, "e": 6}
+    for name, count in sizes.items():
+        for k in range(count):
+            write_image(tmp_path / name / f"{k}.png", k)
+    drawn = set()
+    for seed in range(20):
+        seen, truth = load(seed, root=tmp_path)
+        held = [x.bincount(minlength=5) for x in (seen.val_labels, truth.test_labels)]
+        most = torch.tensor([-(-count // 10) for count in sizes.values()])
+        assert all((part <= most).all() for part in held)
+        assert [part.sum() for part in held] == [5, 4]
+        assert seen.labels.bincount()[[0, 1, 4]].min() >= 4
+        assert seen.labels.tolist() != sorted(seen.labels.tolist())
+        drawn.add(tuple(seen.val_images.names))
+    assert len(drawn) > 10
+
+
+def test_pictures_that_fit_in_memory_are_decoded_once(root, cpu, monkeypatch):
+    spec = Spec("cross-entropy", **SPEC, profile="smoke", model="caffe-quick")
+    decoded = []
+    decode = files.decode
+    monkeypatch.setattr(files, "decode", lambda *g: decoded.append(g) or decode(*g))
+    kept = experiments.run(spec, cpu)
+    assert len(decoded) == 120
+    monkeypatch.setattr(folder, "KEPT", 0)
+    again = experiments.run(spec, cpu)
+    assert len(decoded) > 3 * 120
+    assert kept["history"]["loss"] == again["history"]["loss"]
+    assert kept["history"]["test_accuracy"] == again["history"]["test_accuracy"]
+
+
 def test_limit(pristine):
     seen, truth = load(root=pristine, limit=50)
     sizes = len(seen.labels), len(seen.val_labels), len(truth.test_labels)
@@ -118,6 +150,23 @@ def test_a_damaged_image_is_left_out_with_a_report(root):
     )
     (root / path(6)).write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"2 of 120 images .* more than 1% are"):
+        load()
+
+
+def test_the_first_damaged_image_is_explained(root):
+    for k in range(3):
+        grey = Image.fromarray(torch.full((20, 20), 60_000).numpy().astype("uint16"))
+        grey.save(root / path(3 * k))
+    with pytest.raises(DataError, match=r"3 of 120 .* has more than 8 bits a pixel"):
+        load()
+
+
+def test_pictures_that_are_not_read_are_counted(root):
+    for name in ("cat/1.HEIC", "dog/2.heic", "dog/3.svg", "dog/list.csv"):
+        (root / name).write_bytes(b"something")
+    with pytest.warns(
+        UserWarning, match=r"is not read: 1 \.HEIC, 1 \.heic, 1 \.svg; co"
+    ):
         load()
 
 
@@ -181,7 +230,7 @@ def test_too_many_damaged_images(root):
 
 
 def test_every_kind_of_file_that_is_listed_can_be_read(root):
-    for suffix in IMG_EXTENSIONS:
+    for suffix in folder.EXTENSIONS:
         Image.new("RGB", (40, 40)).save(root / "cat" / f"999{suffix}")
     with warnings.catch_warnings(action="error"):
         load(thorough=True)
@@ -243,12 +292,12 @@ def test_an_image_that_a_link_leads_to_counts(root, tmp_path):
 def test_labels_of_a_table_as_the_book_lays_them_out(pristine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy(pristine, tmp_path / "images")  # whatever folders they are in
-    labels = {path(k): ("01", "2")[k % 2] for own in CLASSES.values() for k in own}
+    labels = {path(k): ("01", "None")[k % 2] for own in CLASSES.values() for k in own}
     table = pd.DataFrame({"note": "", "image": labels.keys(), "label": labels.values()})
     table.to_csv("labels.csv", index=False)
     (lines,) = re.findall(r"```python\n(.*?labels\.csv.*?)```", RERUN.read_text(), re.S)
     exec(lines, {})
-    assert folder.class_names(Path("photos/folder")) == ("01", "2")
+    assert folder.class_names(Path("photos/folder")) == ("01", "None")
     data, _ = load(root=Path("photos/folder"))
     assert [k % 2 for k in numbers(data.images)] == data.labels.tolist()
     assert folder.fingerprint(Path("images")) == folder.fingerprint(pristine)

@@ -120,7 +120,7 @@ def test_own_images_names_files_and_leaves_a_classifier(
     monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
     values = {"dataset": "folder", "noise": "crawled", "noise_rate": "None"}
     # Of the three, this seed trains on one, validates on one and tests on one.
-    values |= {"model": "mlp", "profile": "quick", "seed": "7"}
+    values |= {"model": "mlp", "profile": "quick", "seed": "2"}
     options = [w for name, value in values.items() for w in ("-p", name, value)]
     done = papermill(TOP / "notebooks" / "own_images.ipynb", *options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,6 +135,20 @@ def test_own_images_names_files_and_leaves_a_classifier(
     network.load_state_dict(stored["weights"])
     pair = ImageFiles(tmp_path / "folder", ["dark/5.png", "light/60.png"], size=32)
     assert training.predict(network, pair).argmax(dim=1).tolist() == [0, 1]
+
+
+def test_own_images_names_the_class_that_has_too_few(papermill, tmp_path, monkeypatch):
+    for k in range(24):
+        name = "usual" if k < 20 else "rare"
+        write_image(tmp_path / "folder" / name / f"{k}.png", k)
+    monkeypatch.setenv("NLHELPERS_DATA", str(tmp_path))
+    values = {"dataset": "folder", "noise": "crawled", "noise_rate": "None"}
+    values |= {"model": "mlp", "profile": "smoke"}
+    options = [w for name, value in values.items() for w in ("-p", name, value)]
+    done = papermill(TOP / "notebooks" / "own_images.ipynb", *options)
+    assert done.returncode != 0
+    message = "'rare' has 3 images to train on, fewer than the 4 folds"
+    assert message in done.stderr
 
 
 def test_a_bad_parameter_stops_papermill(papermill, tmp_path):
