@@ -1,10 +1,13 @@
 """The sheets, and grading: what a submission gets, and what it cannot do."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from otter.test_files import ExceptionTestFile, GradingResults
 
 import assign
 import confined
@@ -136,9 +140,12 @@ def test_what_students_hand_in(graded, small, tmp_path):
         broken=answers(
             first="def twice(x)\n    return 2 * x", second="while True: pass"
         ),
+        shell=answers(first=f"!ls\n%pip --version\n{TWICE}"),
+        # What the first cell lacks is missed by the second question only.
+        imports=[("code", "import nunpy as np"), *answers(second="number = np.max(7)")],
     )
     full = {"q1": 3.0, "q2": 2.0, "sheet": 5.0}
-    for name in ("moved", "deep/solutions"):
+    for name in ("moved", "shell", "deep/solutions"):
         assert points(found, name) == full, name
         assert not found.loc[name]["message"].any(), name
     for name in ("deep/students", "renamed", "broken"):
@@ -148,8 +155,11 @@ def test_what_students_hand_in(graded, small, tmp_path):
         ("renamed", "q2"): "another number",
         ("broken", "q1"): "SyntaxError: expected ':'",
         ("broken", "q2"): "TimeoutError: this cell took more than 5 s",
+        ("imports", "q2"): "No module named 'nunpy'; NameError: name 'np' is not",
     }.items():
         assert message in found.loc[name, question]["message"]
+    assert points(found, "imports") == {"q1": 3.0, "q2": 0.0, "sheet": 3.0}
+    assert found.loc["imports", "q1"]["message"] == ""
     for name, message in {
         "notes": "not a notebook",
         "other": "a copy of the sheet noise, not of small",
@@ -276,6 +286,168 @@ def test_limits_hold_whatever_a_submission_catches(graded, tmp_path):
     assert "more than 1 GiB" in found.loc["many", "sheet"]["message"]
 
 
+def test_nothing_listens_where_points_are_counted(graded, monkeypatch):
+    open_ports = []
+
+    def look(process, limits, ward):
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                open_ports.extend(
+                    found
+                    for found in psutil.Process(process.pid).net_connections()
+                    if found.status == psutil.CONN_LISTEN
+                )
+            time.sleep(0.05)
+        return ""
+
+    monkeypatch.setattr(grade, "watch", look)
+    assert points(graded(good=answers()), "good")["sheet"] == 5
+    assert not open_ports
+
+
+NESTED = """
+import os
+top = os.open(".", os.O_RDONLY)
+for _ in range(3000):
+    os.mkdir("x")
+    os.chdir("x")
+os.fchdir(top)
+"""
+
+
+def test_nested_folders_cost_nobody_points(graded, tmp_path, monkeypatch):
+    homes = tmp_path / "homes"
+    homes.mkdir()
+    monkeypatch.setattr(grade.tempfile, "tempdir", str(homes))
+    found = graded(nested=answers(first=NESTED + TWICE))
+    left = os.listdir(homes)
+    subprocess.run(["rm", "-rf", homes])  # pytest could not
+    assert points(found, "nested")["sheet"] == 5
+    assert left == []
+
+
+def test_an_error_in_one_submission_leaves_the_others(graded, monkeypatch):
+    def graded_apart(path, *_):
+        if path.stem == "odd":
+            raise RecursionError("too deep")
+        return {"message": "", "questions": {"q1": [3, ""]}}, ""
+
+    monkeypatch.setattr(grade, "graded_apart", graded_apart)
+    found = graded(odd=answers(), good=answers())
+    said = found.loc["odd", "sheet"]["message"]
+    assert said == "not graded: RecursionError: too deep"
+    assert points(found, "good")["sheet"] == 3
+
+
+# ---------------------------------------------------------------- what is left behind
+
+adopts_orphans = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux gives orphans to the grading process"
+)
+
+# Each process is the child of one that is gone. It ends by itself, in any case.
+CHAIN = """
+import os, time
+stop = time.time() + 8
+if os.fork():
+    os._exit(0)
+while time.time() < stop:
+    if os.fork():
+        os._exit(0)
+    {each}
+"""
+
+
+@pytest.fixture
+def ward():
+    with grade.Ward() as found:
+        yield found
+
+
+@adopts_orphans
+@pytest.mark.parametrize("each", ["pass", "os.setsid()"])
+def test_a_chain_of_forks_is_ended(ward, each):
+    words = [sys.executable, "-S", "-c", CHAIN.format(each=each)]
+    chain = ward.start(words, start_new_session=True)
+    chain.wait()
+    started = time.monotonic()
+    assert ward.end(chain)
+    assert time.monotonic() - started < 4
+    time.sleep(0.1)
+    assert not ward.strays()
+
+
+def wait_for(condition):
+    stop = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < stop
+        time.sleep(0.01)
+
+
+@adopts_orphans
+def test_a_process_group_is_ended_at_one_stroke(ward):
+    words = ["sh", "-c", "sh -c 'sleep 30; true' &"]
+    ward.forget(ward.start(words, start_new_session=True))
+    wait_for(lambda: [len(grade.family(pid)) for pid in ward.strays()] == [2])
+    assert ward.end_strays()
+    wait_for(lambda: ward.strays() and not any(map(alive, ward.strays())))
+    assert ward.end_strays()
+
+
+def alive(pid):
+    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@adopts_orphans
+def test_dead_orphans_do_not_pile_up(ward):
+    orphans = "for _ in 1 2 3 4 5; do (true &) ; done; sleep 30"
+    process = ward.start(["sh", "-c", orphans])
+    grade.watch(process, replace(LIMITS, seconds=1), ward)
+    assert not ward.strays()
+    assert ward.end(process)
+
+
+@adopts_orphans
+def test_ending_one_leaves_what_others_have_started(ward):
+    other = ward.start(["sh", "-c", "(sleep 30 &) ; sleep 30"], start_new_session=True)
+    wait_for(ward.strays)
+    assert ward.end(ward.start(["true"]))
+    assert not ward.strays()
+    assert other.poll() is None
+    assert ward.end(other)
+
+    def status(_):
+        process = ward.start(["sh", "-c", "exit 7"])
+        process.wait()
+        ward.end(process)
+        return process.returncode
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(status, range(200))) == {7}
+
+
+def test_what_cannot_be_ended_is_said(graded, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "HERE", tmp_path)  # where there is no `confined`
+    monkeypatch.setattr(grade, "PATIENCE", 0.1)
+    monkeypatch.setattr(grade.Ward, "end_strays", lambda ward: True)
+    found = graded(replace(LIMITS, confined=False), ann=answers())
+    left, result = found.loc["ann", "sheet"]["message"].split("; ")
+    assert left == "something left running could not be ended"
+    assert result == "ended without a result (exit status 2)"
+    said = {"message": "printed 11 MB", "questions": {"q1": [3, ""]}}
+    whole = ("ann", "sheet", 3.0, f"{left}; printed 11 MB")
+    assert grade.rows("ann", said, {"q1": 3.0}, left)[-1] == whole
+
+
+def test_a_full_disk_is_not_the_students_fault(ward, monkeypatch):
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(grade.shutil, "disk_usage", lambda path: full)
+    process = ward.start(["sleep", "30"])
+    said = grade.watch(process, LIMITS, ward)
+    assert said == "stopped: the disk is nearly full; make room and grade again"
+    ward.end(process)
+
+
 # ---------------------------------------------------------------- reports and input
 
 POSSIBLE = {"q1": 3.0, "q2": 2.0}
@@ -381,9 +553,50 @@ def test_at_least_one_is_graded_at_once(value, capsys):
     assert f"{value!r} is no whole number above 0" in capsys.readouterr().err
 
 
-def test_a_notebook_and_another_file_of_the_same_name(tmp_path):
-    found = [grade.student(tmp_path / name, tmp_path) for name in ("a.ipynb", "a.txt")]
-    assert found == ["a", "a.txt"]
+TESTS = """
+from otter.test_files import test_case
+
+name, points = "q1", 3
+
+@test_case()
+def test_form():
+    assert False
+
+@test_case(failure_message={hint!r})
+def test_value():
+    assert False, {said!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("hint", "said", "message"),
+    [
+        (None, "not the double", "not the double"),
+        ("a hint", "not the double", "a hint"),
+        (None, "", "AssertionError"),
+    ],
+)
+def test_the_first_failed_test_with_something_to_say_says_it(hint, said, message):
+    test = ExceptionTestFile.from_string(TESTS.format(hint=hint, said=said), "q1.py")
+    test.run({})
+    assert confined.why_failed(GradingResults([test]), "q1") == message
+
+
+def names(tmp_path, *files):
+    return list(grade.names([tmp_path / file for file in files], tmp_path).values())
+
+
+def test_no_two_submissions_share_a_name(tmp_path):
+    assert names(tmp_path, "a.ipynb", "a.txt") == ["a", "a.txt"]
+    assert names(tmp_path, "in/a", "in/a.ipynb") == ["in/a", "in/a.ipynb"]
+    one_letter, two = "\xe9.ipynb", "e\u0301.ipynb"
+    assert names(tmp_path, two) == ["\xe9"]
+    assert names(tmp_path, one_letter, two) == ["\xe9.ipynb", "\xe9.ipynb (2)"]
+    assert names(tmp_path, os.fsdecode(b"m\xfcller.ipynb")) == ["m\\xfcller"]
+    long = [f"{'x' * 200}/{'=' * 150}{n}" for n in range(3)]
+    found = names(tmp_path, *long)
+    assert len(set(found)) == 3
+    assert [grade.plain(name) for name in found] == found
 
 
 def test_without_a_run_only_the_students_copy_is_made(tmp_path, monkeypatch):

@@ -33,11 +33,15 @@ SYSTEM = (
     "/etc/nsswitch.conf", "/etc/os-release", "/etc/mime.types",
 )  # fmt: skip
 
-# The seconds of computing that a cell may take, so that an endless loop loses its own
-# question only, on a busy machine too; the tests that go into the same loop after that
-# get 5 each. A loop in C, one that catches everything, and one that only waits meet the
-# limit of the whole sheet.
-ALARM = """
+# What the kernel runs first. Confinement denies the terminals in which IPython runs
+# shell commands (`!ls`, `%pip`), and would end their cell: they run without one.
+#
+# Then the seconds of computing that a cell may take, so that an endless loop loses its
+# own question only, on a busy machine too; the tests that go into the same loop after
+# that get 5 each. A loop in C, one that catches everything, and one that only waits
+# meet the limit of the whole sheet.
+PRELUDE = """
+get_ipython().system = get_ipython().system_raw
 import signal as _signal
 def _late(number, frame):
     raise TimeoutError("this cell took more than {seconds:.0f} s")
@@ -66,7 +70,7 @@ class Checks:
 
     def before_execution(self, notebook: NotebookNode) -> NotebookNode:
         """Test a question where the student checks it; one not checked, at the end."""
-        cells = [(None, ALARM.format(seconds=self.seconds))]
+        cells = [(None, PRELUDE.format(seconds=self.seconds))]
         waiting = dict(self.tests)
         for cell in notebook.cells:
             if cell.cell_type != "code":
@@ -101,8 +105,10 @@ def grade(sheet: str, tests: dict[str, str], seconds: float) -> dict:
         "message", what there is to say of the whole; "questions", which is empty if
         nothing could be graded: points and message of each.
     """
-    from otter.execute import grade_notebook
+    import otter.execute
 
+    # otter's log server would unpickle, here, what any program on this machine sends.
+    otter.execute.start_server = lambda: (("127.0.0.1", 0), lambda: None)
     path = f"{sheet}.ipynb"
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -114,7 +120,9 @@ def grade(sheet: str, tests: dict[str, str], seconds: float) -> dict:
     checks = Checks(tests, seconds)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            results = grade_notebook(path, test_dir=".", plugin_collection=checks)
+            results = otter.execute.grade_notebook(
+                path, test_dir=".", plugin_collection=checks
+            )
     except Exception as error:
         return failure(f"{type(error).__name__}: {first_line(error)}")
     return report(results, checks)
@@ -131,34 +139,42 @@ def report(results: object, checks: Checks) -> dict:
         return failure("the notebook ended before its tests did")
     # otter puts a cell before ours, and one behind.
     executed = results.notebook.cells[1:-1]
-    errors, printed, waiting = {}, 0, []
+    messages, printed, carried, own = {}, 0, [], []
     for name, cell in zip(checks.questions, executed, strict=True):
         for output in cell.outputs:
             if output.output_type == "error" and name is None:
-                waiting.append(f"{output.ename}: {first_line(output.evalue)}")
+                own.append(f"{output.ename}: {first_line(output.evalue)}")
             printed += len(output.get("text", ""))
-        if name is not None:
-            errors[name], waiting = waiting, []
+        if name is None:
+            continue
+        # What a question survives may be the cause of a later loss: the first error
+        # is carried on until a question fails.
+        errors, own = [*carried, *own[:1]], []
+        why = why_failed(results, name)
+        messages[name] = "; ".join([*errors, why]) if why else ""
+        carried = [] if why else errors[:1]
     found = {
-        name: [results.get_score(name), message_of(results.get_result(name), errors)]
-        if name in results.results
-        else [0, "was not reached"]
-        for name in checks.tests
+        name: [results.get_score(name) if name in results.results else 0, message]
+        for name, message in messages.items()
     }
     notes = [f"printed {printed / 1e6:.0f} MB"] if printed > LOUD else []
-    notes += [f"after the last question: {error}" for error in waiting[:1]]
+    notes += [f"after the last question: {error}" for error in own[:1]]
     return {"message": "; ".join(notes), "questions": found}
 
 
-def message_of(test: object, errors: dict[str, list[str]]) -> str:
-    """Why a question lost points: errors in its cells, then the first failed test."""
-    failed = [case for case in test.test_case_results if not case.passed]
-    if not failed:
-        return ""
-    hint = failed[0].test_case.failure_message
-    why = hint or failed[0].message.strip().splitlines()[-1]
-    why = why.removeprefix("AssertionError: ")
-    return "; ".join([*errors.get(test.name, [])[:1], why])
+def why_failed(results: object, name: str) -> str:
+    """What the first failed test that has something to say says; "" if none failed."""
+    if name not in results.results:
+        return "was not reached"
+    cases = results.get_result(name).test_case_results
+    failed = [reason(case) for case in cases if not case.passed]
+    return next(filter(None, failed), "AssertionError") if failed else ""
+
+
+def reason(case: object) -> str:
+    """A failed test's hint, or the last line of its message; "" if that is bare."""
+    why = case.test_case.failure_message or case.message.strip().splitlines()[-1]
+    return why.removeprefix("AssertionError:").strip()
 
 
 def first_line(error: object) -> str:

@@ -10,16 +10,20 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import glob
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +40,8 @@ COLUMNS = ["student", "question", "points", "message"]
 WHOLE = "sheet"  # the question of a row about all of them
 LONGEST = 300  # characters of a message
 LARGEST = 50_000_000  # bytes of a submission
+ROOM = 500_000_000  # bytes that stay free on the disk
+PATIENCE = 10  # seconds for ending what a submission leaves behind
 ADOPT = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
 
@@ -170,13 +176,18 @@ def grade(archive: Path, folder: Path, limits: Limits, at_once: int) -> pd.DataF
     """
     tests, possible = hidden_tests(archive)
     papers = submissions(folder)
+    named = names(papers, folder)
     if limits.confined:
         check_confinement()
     with Ward() as ward, ThreadPoolExecutor(at_once) as threads:
 
         def graded(path: Path) -> list[tuple]:
-            found = graded_apart(path, archive.stem, tests, limits, ward)
-            return rows(student(path, folder), found, possible)
+            try:
+                found, note = graded_apart(path, archive.stem, tests, limits, ward)
+                return rows(named[path], found, possible, note)
+            except Exception as error:  # which must not cost the others their points
+                said = f"not graded: {type(error).__name__}: {error}"
+                return rows(named[path], said, possible)
 
         parts = list(threads.map(graded, papers))
     return pd.DataFrame([row for part in parts for row in part], columns=COLUMNS)
@@ -215,10 +226,37 @@ def submissions(folder: Path) -> list[Path]:
     return found
 
 
+def names(papers: list[Path], folder: Path) -> dict[Path, str]:
+    """Whose submission each is; no two get the same name.
+
+    Where they would (`ada` and `ada.ipynb`), they keep their suffix, and if that does
+    not help, they get a number.
+    """
+    short = {path: plain(student(path, folder)) for path in papers}
+    often = Counter(short.values())
+    found: dict[Path, str] = {}
+    for path in papers:
+        name = short[path]
+        if often[name] > 1:
+            name = plain(shown(path.relative_to(folder)))
+        unique, number = name, 2
+        while unique in found.values():
+            unique = plain(f"{name[: LONGEST - 9]} ({number})")
+            number += 1
+        found[path] = unique
+    return found
+
+
 def student(path: Path, folder: Path) -> str:
     """Whose submission it is: its path below the folder, without `.ipynb`."""
     name = path.relative_to(folder)
-    return (name.with_suffix("") if name.suffix == ".ipynb" else name).as_posix()
+    return shown(name.with_suffix("") if name.suffix == ".ipynb" else name)
+
+
+def shown(path: Path) -> str:
+    r"""A path as text: letters in their NFC form, bytes that are no text as `\xfc`."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)
 
 
 def check_confinement() -> None:
@@ -245,13 +283,15 @@ class Ward:
     """The processes that grade submissions, and what these leave behind.
 
     On Linux a process that loses its parent becomes a child of this one, so that none
-    can get away.
+    can get away: a child that this process did not start is a stray.
     """
 
     def __init__(self) -> None:
         """Whoever is a child of this process by now is none of ours."""
         self.lock = threading.Lock()
-        self.known = {child.pid for child in psutil.Process().children()}
+        self.before = set(children())
+        # Not their pids: one that has ended gives its pid to the next to be started.
+        self.started: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Self:
         """Adopt orphans from now on."""
@@ -266,26 +306,105 @@ class Ward:
         """Start a process; `options` are those of `subprocess.Popen`."""
         with self.lock:
             process = subprocess.Popen(command, **options)
-            self.known.add(process.pid)
+            self.started.add(process)
         return process
 
-    def end(self, process: subprocess.Popen) -> None:
-        """End it and all that it has started."""
-        for member in family(process.pid):
-            kill(member)
+    def run(self, command: list[str]) -> None:
+        """Run a program of our own to its end, whatever comes of it."""
+        nowhere = subprocess.DEVNULL
+        with contextlib.suppress(OSError):
+            self.forget(self.start(command, stdout=nowhere, stderr=nowhere))
+
+    def end(self, process: subprocess.Popen) -> bool:
+        """End it and all that it has started; returns whether that was possible."""
+        if process.poll() is None:  # its pid may be another's afterwards
+            for member in family(process.pid):
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+            kill_group(process.pid)
+        self.forget(process)
+        stop = time.monotonic() + PATIENCE
+        while self.end_strays():
+            if time.monotonic() > stop:
+                return False
+            time.sleep(0.001)  # lets other threads have the lock
+        return True
+
+    def forget(self, process: subprocess.Popen) -> None:
+        """Wait for it; after that, its pid can be that of a stray."""
         process.wait()
         with self.lock:
-            self.known.discard(process.pid)
-            while strays := self.strays():
-                for stray in strays:
-                    for member in family(stray.pid):
-                        kill(member)
-                psutil.wait_procs(strays, timeout=1)
+            self.started.discard(process)
 
-    def strays(self) -> list[psutil.Process]:
-        """Children of this process that it did not start: they have lost a parent."""
-        children = psutil.Process().children()
-        return [child for child in children if child.pid not in self.known]
+    def end_strays(self) -> bool:
+        """Kill and reap the strays of this moment; returns whether there were any.
+
+        A stray can fork and exit faster than it is found, so its process group goes
+        too, at one stroke; but not with a leader that still has a parent, which is the
+        kernel of a submission that is being graded.
+        """
+        with self.lock:
+            strays = self.strays()
+            for pid in reversed(strays):  # the youngest is the likeliest to live
+                kill(pid)
+            for group in set(map(group_of, strays)):
+                if group in strays or not psutil.pid_exists(group):
+                    kill_group(group)
+            reap(strays)
+        return bool(strays)
+
+    def reap_strays(self) -> None:
+        """Let dead strays go, so that they do not fill the table of processes."""
+        with self.lock:
+            reap(self.strays())
+
+    def strays(self) -> list[int]:
+        """Pids of the strays, the oldest first; to be called, and used, with the lock.
+
+        Without it, one that another thread is about to start would be among them.
+        """
+        ours = self.before | {process.pid for process in self.started}
+        return [pid for pid in children() if pid not in ours]
+
+
+def children() -> list[int]:
+    """Pids of the children of this process, fast where Linux lists them."""
+    lists = glob.glob("/proc/self/task/*/children")
+    if not lists:
+        return [child.pid for child in psutil.Process().children()]
+    found = []
+    for path in lists:
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found += map(int, Path(path).read_text().split())
+    return found
+
+
+def reap(pids: list[int]) -> None:
+    """Take the exit status of those children that are dead."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def group_of(pid: int) -> int:
+    """The process group of a child; its own pid if it is gone."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return pid
+
+
+def kill_group(group: int) -> None:
+    """Kill a process group, unless it is gone, or ours."""
+    if group != os.getpgrp():
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def kill(pid: int) -> None:
+    """Kill a process, unless it is gone."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def adopt_orphans(whether: bool) -> None:
@@ -296,8 +415,8 @@ def adopt_orphans(whether: bool) -> None:
 
 def graded_apart(
     path: Path, sheet: str, tests: dict[str, str], limits: Limits, ward: Ward
-) -> object:
-    """Grade one submission in a process of its own.
+) -> tuple[object, str]:
+    """Grade one submission in a process and a home of its own.
 
     Args:
         path: of the submission.
@@ -307,7 +426,8 @@ def graded_apart(
         ward: starts and ends it.
 
     Returns:
-        What the process reports, unchecked; or a sentence that says what became of it.
+        What the process reports, unchecked, or a sentence that says what became of it;
+        and a note for the teacher, or "".
     """
     task = {
         "sheet": sheet,
@@ -318,40 +438,55 @@ def graded_apart(
         "readable": readable(),
     }
     if path.is_symlink() or path.stat().st_size > LARGEST:
-        return f"not graded: a link, or larger than {LARGEST / 1e6:.0f} MB"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        home = Path(folder)
+        return f"not graded: a link, or larger than {LARGEST / 1e6:.0f} MB", ""
+    home = Path(tempfile.mkdtemp())
+    try:
         furnish(home)
         try:
             shutil.copyfile(path, home / f"{sheet}.ipynb")
         except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        receive, send = os.pipe()
-        process = ward.start(
-            [sys.executable, str(HERE / "confined.py"), str(send)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=home,
-            env=environment(home),
-            pass_fds=[send],
-            start_new_session=True,
-        )
-        os.close(send)
+            return f"cannot be read: {error.strerror}", ""
+        return run_confined(task, home, limits, ward)
+    finally:
+        # In Python, deletion calls itself for each nested folder, and may go too deep.
+        delete = 'chmod -R u+rwX "$0"; rm -rf "$0"'
+        ward.run(["/bin/sh", "-c", delete, str(home)])
+
+
+def run_confined(
+    task: dict, home: Path, limits: Limits, ward: Ward
+) -> tuple[object, str]:
+    """Run `confined` in a home; returns what `graded_apart` does."""
+    receive, send = os.pipe()
+    os.set_blocking(receive, False)  # what could not be ended may never close it
+    with os.fdopen(receive, "rb") as line:
+        try:
+            process = ward.start(
+                [sys.executable, str(HERE / "confined.py"), str(send)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=home,
+                env=environment(home),
+                pass_fds=[send],
+                start_new_session=True,
+            )
+        finally:
+            os.close(send)
         try:
             with contextlib.suppress(BrokenPipeError), process.stdin as words:
                 words.write(json.dumps(task).encode())
-            ended = watch(process, limits)
+            ended = watch(process, limits, ward)
         finally:
-            ward.end(process)
-        with os.fdopen(receive, "rb") as line:
-            answer = line.read(1 << 20)
+            all_ended = ward.end(process)
+        answer = line.read(1 << 20) or b""
+    note = "" if all_ended else "something left running could not be ended"
     if ended:
-        return ended
+        return ended, note
     try:
-        return json.loads(answer)
+        return json.loads(answer), note
     except ValueError:
-        return f"ended without a result (exit status {process.returncode})"
+        return f"ended without a result (exit status {process.returncode})", note
 
 
 def furnish(home: Path) -> None:
@@ -383,7 +518,7 @@ def readable() -> list[str]:
     return [sys.prefix, sys.base_prefix, *map(str, own)]
 
 
-def watch(process: subprocess.Popen, limits: Limits) -> str:
+def watch(process: subprocess.Popen, limits: Limits, ward: Ward) -> str:
     """Wait for the end, or for the limits; returns which of them it met, or ""."""
     stop = time.monotonic() + limits.seconds
     while time.monotonic() < stop:
@@ -391,9 +526,13 @@ def watch(process: subprocess.Popen, limits: Limits) -> str:
             process.wait(0.2)
             return ""
         except subprocess.TimeoutExpired:
+            ward.reap_strays()
             used = sum(map(memory_of, family(process.pid)))
         if used > limits.memory:
             return f"stopped: it used more than {limits.memory / (1 << 30):g} GiB"
+        # All that run now are stopped: any of them may have failed for want of room.
+        if shutil.disk_usage(tempfile.gettempdir()).free < ROOM:
+            return "stopped: the disk is nearly full; make room and grade again"
     return f"stopped after {limits.seconds:.0f} s: look for an endless loop"
 
 
@@ -414,26 +553,25 @@ def memory_of(process: psutil.Process) -> int:
         return 0
 
 
-def kill(process: psutil.Process) -> None:
-    """Kill a process, unless it is gone."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()
-
-
-def rows(name: str, found: object, possible: dict[str, float]) -> list[tuple]:
+def rows(
+    name: str, found: object, possible: dict[str, float], note: str = ""
+) -> list[tuple]:
     """The rows of one student, whatever the submission's process has said."""
-    if isinstance(found, str) or not well_formed(found):
-        said = (
-            found if isinstance(found, str) else "reported something else than points"
-        )
-        return [row(name, WHOLE, 0.0, said)]
+
+    def whole(points: float, message: str) -> tuple:
+        return row(name, WHOLE, points, "; ".join(filter(None, [note, message])))
+
+    if isinstance(found, str):
+        return [whole(0.0, found)]
+    if not well_formed(found):
+        return [whole(0.0, "reported something else than points")]
     if not found["questions"]:
-        return [row(name, WHOLE, 0.0, found["message"])]
+        return [whole(0.0, found["message"])]
     each = []
     for question, most in possible.items():
         points, message = found["questions"].get(question, (0, "was not reached"))
         each.append(row(name, question, min(max(points, 0.0), most), message))
-    return [*each, row(name, WHOLE, sum(r[2] for r in each), found["message"])]
+    return [*each, whole(sum(r[2] for r in each), found["message"])]
 
 
 def well_formed(found: object) -> bool:
@@ -458,9 +596,10 @@ def row(name: str, question: str, points: float, message: str) -> tuple:
 
 def plain(text: str) -> str:
     """A text on one line, not too long, that no spreadsheet takes for a formula."""
-    line = " ".join(text.split())
-    line = "".join(c for c in line if c.isprintable())[:LONGEST]
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    line = "".join(c for c in text if c.isprintable() or c.isspace())
+    line = " ".join(line.split())
+    line = f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    return line[:LONGEST].rstrip()
 
 
 if __name__ == "__main__":
