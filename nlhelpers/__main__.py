@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     It is 0, or 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
     """
     options = parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="replace")  # not all terminals know all characters
     try:
         options.command(options)
     except EXPECTED as error:
@@ -315,4 +314,5 @@ def list_names(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not all terminals know all characters
     sys.exit(main())
